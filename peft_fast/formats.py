@@ -1,0 +1,223 @@
+"""Weight formats: how a frozen base weight Ŵ [N, K] is packed, and what its exact value is.
+
+A `QuantizedWeight` is a view of somebody else's weight: it aliases the owner's storage and is never
+written. Its fields are, in this order, the weight arguments of every op schema (`ops.WEIGHT_SCHEMA`).
+
+==========  =======================  ===============================================================
+format      `weight`                 value of element i = n·K + k
+==========  =======================  ===============================================================
+dense       [N, K] fp32/fp16/bf16    the element itself
+nf4, fp4    [⌈N·K/2⌉] uint8          code[nibble_i] · absmax[i // blocksize], in fp32
+==========  =======================  ===============================================================
+
+4-bit layout (bitsandbytes'): flat row-major, byte = even element << 4 | odd element, blocks contiguous in
+flat order. With nested (double) quantization `absmax` is itself uint8 and stands for
+`nested_code[absmax] · nested_absmax[block // nested_blocksize] + nested_offset`, in fp32, multiply then
+add. The value is rounded once, to nearest even, to the dtype it is decoded to.
+
+To add a format: a row in `FORMATS` with its check and decode, a constructor from its owner's object, and
+the same decode in `kernels/triton_kernels/decode.py` and `csrc/decode.h`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UnsupportedWeight
+
+DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+# The bit patterns are the specification (bitsandbytes' get_4bit_type); a test compares them bit for bit.
+NF4_CODE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+FP4_CODE = (*(v / 12.0 for v in _FP4_MAGNITUDES), 0.0, *(-v / 12.0 for v in _FP4_MAGNITUDES[1:]))
+
+
+class QuantizedWeight(NamedTuple):
+    """A frozen base weight Ŵ [out_features, in_features] in packed form; see the module docstring."""
+
+    weight: Tensor
+    absmax: Tensor | None
+    code: Tensor | None
+    nested_absmax: Tensor | None
+    nested_code: Tensor | None
+    nested_offset: Tensor | None
+    format: str
+    out_features: int
+    in_features: int
+    blocksize: int
+    nested_blocksize: int
+
+    @property
+    def nested(self) -> bool:
+        return self.nested_absmax is not None
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        """The exact value [N, K], rounded once to `dtype` (float64 holds the fp32 value exactly)."""
+        return FORMATS[self.format].decode(self, dtype)
+
+    def check(self) -> QuantizedWeight:
+        """Returns self, or raises `UnsupportedWeight` naming the field that contradicts the layout."""
+        if self.format not in FORMATS:
+            raise UnsupportedWeight(f"format: expected one of {sorted(FORMATS)}, got {self.format!r}")
+        FORMATS[self.format].check(self)
+        return self
+
+
+class Format(NamedTuple):
+    check: Callable[[QuantizedWeight], None]
+    decode: Callable[[QuantizedWeight, torch.dtype], Tensor]
+
+
+def _expect(argument: str, expected: object, got: object) -> None:
+    if expected != got:
+        raise UnsupportedWeight(f"{argument}: expected {expected}, got {got}")
+
+
+def _check_dense(w: QuantizedWeight) -> None:
+    if w.weight.dtype not in (*DENSE_DTYPES, torch.float64):
+        raise UnsupportedWeight(f"weight: expected a floating dtype of {DENSE_DTYPES}, got {w.weight.dtype}")
+    _expect("weight shape", (w.out_features, w.in_features), tuple(w.weight.shape))
+
+
+def _decode_dense(w: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    return w.weight.to(dtype)
+
+
+def _check_4bit(w: QuantizedWeight) -> None:
+    if w.out_features < 1 or w.in_features < 1:
+        raise UnsupportedWeight(f"shape: expected positive sizes, got ({w.out_features}, {w.in_features})")
+    if w.blocksize not in BLOCK_SIZES:
+        raise UnsupportedWeight(f"blocksize: expected one of {BLOCK_SIZES}, got {w.blocksize}")
+    numel = w.out_features * w.in_features
+    blocks = -(-numel // w.blocksize)
+    _expect("weight dtype", torch.uint8, w.weight.dtype)
+    _expect(f"weight bytes for shape ({w.out_features}, {w.in_features})", (numel + 1) // 2, w.weight.numel())
+    if w.absmax is None or w.code is None:
+        raise UnsupportedWeight("absmax and code: expected tensors, got None")
+    _expect("code shape", (16,), tuple(w.code.shape))
+    _expect("code dtype", torch.float32, w.code.dtype)
+    _expect("absmax numel (number of blocks)", blocks, w.absmax.numel())
+    if w.nested_absmax is None:
+        _expect("absmax dtype", torch.float32, w.absmax.dtype)
+    else:
+        if w.nested_code is None or w.nested_offset is None:
+            raise UnsupportedWeight("nested_code and nested_offset: expected tensors, got None")
+        if w.nested_blocksize not in BLOCK_SIZES:
+            raise UnsupportedWeight(f"nested_blocksize: expected one of {BLOCK_SIZES}, got {w.nested_blocksize}")
+        _expect("absmax dtype", torch.uint8, w.absmax.dtype)
+        _expect("nested_absmax numel", -(-blocks // w.nested_blocksize), w.nested_absmax.numel())
+        _expect("nested_absmax dtype", torch.float32, w.nested_absmax.dtype)
+        _expect("nested_code shape", (256,), tuple(w.nested_code.shape))
+        _expect("nested_code dtype", torch.float32, w.nested_code.dtype)
+        _expect("nested_offset numel", 1, w.nested_offset.numel())
+        _expect("nested_offset dtype", torch.float32, w.nested_offset.dtype)
+    for name in QuantizedWeight._fields[1:6]:
+        tensor = getattr(w, name)
+        if tensor is None:
+            continue
+        _expect(f"{name} device", w.weight.device, tensor.device)
+        if not tensor.is_contiguous():
+            raise UnsupportedWeight(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+
+
+def decode_absmax(w: QuantizedWeight) -> Tensor:
+    """The fp32 scale of each block [⌈N·K/blocksize⌉], nested quantization undone."""
+    assert w.absmax is not None
+    if w.nested_absmax is None:
+        return w.absmax
+    assert w.nested_code is not None
+    group = torch.arange(w.absmax.numel(), device=w.absmax.device) // w.nested_blocksize
+    return w.nested_code[w.absmax.int()] * w.nested_absmax[group] + w.nested_offset
+
+
+def _decode_4bit(w: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    assert w.code is not None
+    numel = w.out_features * w.in_features
+    nibbles = torch.stack((w.weight >> 4, w.weight & 0xF), dim=-1).reshape(-1)[:numel]
+    scale = decode_absmax(w).repeat_interleave(w.blocksize)[:numel]
+    return (w.code[nibbles.int()] * scale).to(dtype).view(w.out_features, w.in_features)
+
+
+FORMATS: dict[str, Format] = {
+    "dense": Format(_check_dense, _decode_dense),
+    "nf4": Format(_check_4bit, _decode_4bit),
+    "fp4": Format(_check_4bit, _decode_4bit),
+}
+CODES = {"nf4": NF4_CODE, "fp4": FP4_CODE}
+
+
+def from_dense(weight: Tensor) -> QuantizedWeight:
+    """A dense weight [N, K] as it is. Raises `UnsupportedWeight` for other dtypes and shapes."""
+    if weight.dim() != 2:
+        raise UnsupportedWeight(f"weight: expected [N, K], got shape {tuple(weight.shape)}")
+    n, k = weight.shape
+    return QuantizedWeight(weight.detach(), None, None, None, None, None, "dense", n, k, 0, 0)
+
+
+def from_bitsandbytes(weight: Tensor, quant_state: Any) -> QuantizedWeight:
+    """The 4-bit weight of a bitsandbytes `Params4bit`/`Linear4bit`, aliasing its bytes.
+
+    Args:
+        weight: packed bytes in any `quant_storage` dtype.
+        quant_state: bitsandbytes' `QuantState` (read from the layer, since FSDP strips it from the weight).
+
+    Raises:
+        UnsupportedWeight: not quantized yet, or repacked for CPU inference: bitsandbytes then rounds absmax
+            to bfloat16 in place and drops the nested statistics, so the trained-on value is gone.
+    """
+    if quant_state is None:
+        raise UnsupportedWeight(
+            "quant_state: expected a QuantState, got None (the layer is quantized by moving it: layer.to(device))"
+        )
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        raise UnsupportedWeight(
+            "quant_state: repacked in place by a bitsandbytes CPU inference forward, which rounded absmax to "
+            "bfloat16 and dropped nested statistics; they cannot be restored. Reload the weight, and "
+            "convert the model before its first eval forward"
+        )
+    nested = quant_state.state2
+    n, k = quant_state.shape
+    return QuantizedWeight(
+        weight.data.view(torch.uint8).reshape(-1),
+        quant_state.absmax,
+        quant_state.code,
+        nested.absmax if nested is not None else None,
+        nested.code if nested is not None else None,
+        quant_state.offset if nested is not None else None,
+        quant_state.quant_type,
+        n,
+        k,
+        quant_state.blocksize,
+        nested.blocksize if nested is not None else 0,
+    )
+
+
+def from_linear(layer: nn.Module) -> QuantizedWeight:
+    """The base weight of an `nn.Linear` or a bitsandbytes `Linear4bit`, whichever `layer` is.
+
+    Cheap enough for every forward: attributes are read, nothing is copied, cached or checked. Call
+    `.check()` on the result once where the layer is adopted.
+    """
+    weight = layer.weight
+    quant_state = getattr(weight, "quant_state", None)
+    if quant_state is None:
+        quant_state = getattr(layer, "quant_state", None)
+    if quant_state is not None or hasattr(layer, "quant_state"):
+        return from_bitsandbytes(weight, quant_state)
+    return from_dense(weight)
+
+
+def code_table(format: str, device: torch.device | str | None = None) -> Tensor:
+    """The sixteen fp32 values of a 4-bit format, by nibble [16]."""
+    return torch.tensor(CODES[format], dtype=torch.float32, device=device)

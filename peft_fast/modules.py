@@ -1,0 +1,193 @@
+"""Drop-in `nn.Module` replacements over frozen, possibly 4-bit, base layers.
+
+`LoRALinear` computes  Y = X·Ŵᵀ + s·(drop(X)·Aᵀ·Bᵀ + lora_bias) + bias  in one fused op; see
+`functional.lora_linear` for what flows where and `autograd` for what is saved.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UnsupportedLayer
+from .formats import from_linear
+from .functional import lora_linear
+
+
+def is_linear4bit(layer: nn.Module) -> bool:
+    """Whether `layer` is a bitsandbytes `Linear4bit`, without importing bitsandbytes."""
+    return any(c.__name__ == "Linear4bit" and c.__module__.startswith("bitsandbytes.") for c in type(layer).__mro__)
+
+
+def check_base(layer: nn.Module) -> None:
+    """Raises `UnsupportedLayer` or `UnsupportedWeight` unless `layer` can be a fused layer's frozen base."""
+    if type(layer) is not nn.Linear and not is_linear4bit(layer):
+        raise UnsupportedLayer(f"base: expected nn.Linear or bitsandbytes Linear4bit, got {type(layer).__name__}")
+    weight = from_linear(layer).check()
+    expected = (layer.out_features, layer.in_features)
+    if (weight.out_features, weight.in_features) != expected:
+        raise UnsupportedLayer(
+            f"base: expected a weight [out_features, in_features] = {list(expected)}, "
+            f"got {[weight.out_features, weight.in_features]}"
+        )
+
+
+def protect_from_repacking(layer: nn.Module) -> None:
+    """Keeps bitsandbytes from repacking `layer` in place at an eval forward on an AVX512_BF16 CPU.
+
+    After that repacking a training forward loses dX and saving stores other weights. The switch is an
+    attribute of this one layer.
+    """
+    if getattr(layer, "support_avx512bf16_for_cpu", False):
+        layer.support_avx512bf16_for_cpu = False
+
+
+def warn_slow_compute_dtype(layer: nn.Module, x_dtype: torch.dtype | None = None) -> None:
+    """bitsandbytes' default compute dtype is float32; half activations are then upcast at every forward."""
+    if getattr(layer, "compute_dtype", None) == torch.float32 and x_dtype in (torch.float16, torch.bfloat16):
+        warnings.warn(
+            f"bnb_4bit_compute_dtype is float32 while the model is {x_dtype}: every activation is upcast and "
+            f"saved in float32. Set bnb_4bit_compute_dtype={x_dtype}",
+            stacklevel=3,
+        )
+
+
+def fused_lora_forward(
+    base: nn.Module,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float,
+    lora_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """`base(x)` plus the low-rank branch as one op, with the dtype conventions of `base`.
+
+    `nn.Linear` computes in the dtype of x. `Linear4bit` casts x to its `compute_dtype` (when set) and the
+    result back to the dtype x came in; autocast wins over `compute_dtype`.
+    """
+    dtype = x.dtype
+    compute_dtype = getattr(base, "compute_dtype", None)
+    if compute_dtype is not None:
+        x = x.to(compute_dtype)
+    y = lora_linear(
+        x,
+        from_linear(base),
+        lora_A,
+        lora_B,
+        base.bias,
+        scaling=scaling,
+        lora_bias=lora_bias,
+        dropout_p=dropout_p,
+        training=training,
+        backend=backend,
+    )
+    return y.to(dtype) if is_linear4bit(base) else y
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with a trainable low-rank update (LoRA, arXiv 2106.09685; rsLoRA, 2312.03732).
+
+    Y = X·Ŵᵀ + s·(drop(X)·Aᵀ·Bᵀ + lora_bias) + bias,  s = alpha/r, or alpha/√r with `use_rslora`.
+
+    A [r, in_features] is initialised as `nn.Linear` is (Kaiming uniform), B [out_features, r] with zeros, so a new
+    layer equals its base. State-dict keys: `base_layer.*` (the owner's own keys), `lora_A`, `lora_B`, `lora_bias`.
+
+    Make one with `from_linear`, which names the arguments.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        use_rslora: bool,
+        bias: Literal["none", "all", "lora_only"],
+        lora_bias: bool,
+        adapter_dtype: torch.dtype | None,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        check_base(base_layer)
+        if not isinstance(r, int) or r < 1:
+            raise ValueError(f"r: expected a positive integer, got {r!r}")
+        if not 0.0 <= lora_dropout <= 1.0:
+            raise ValueError(f"lora_dropout: expected a probability in [0, 1], got {lora_dropout}")
+        if bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"bias: expected 'none', 'all' or 'lora_only', got {bias!r}")
+        if bias != "none" and base_layer.bias is None:
+            raise ValueError(f"bias: expected a base layer with a bias for {bias!r}, got one without")
+        self.r = r
+        self.lora_alpha = lora_alpha
+        self.lora_dropout = lora_dropout
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.backend = backend
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        protect_from_repacking(base_layer)
+        base_layer.weight.requires_grad_(False)
+        if base_layer.bias is not None:
+            base_layer.bias.requires_grad_(bias != "none")
+        self.base_layer = base_layer
+        dtype = adapter_dtype or torch.float32
+        device = base_layer.weight.device
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, dtype=dtype, device=device))
+        self.lora_bias = nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=device)) if lora_bias else None
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    @classmethod
+    def from_linear(
+        cls,
+        base: nn.Module,
+        *,
+        r: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        bias: Literal["none", "all", "lora_only"] = "none",
+        lora_bias: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ) -> LoRALinear:
+        """Wraps `base` without copying its weight, and freezes it.
+
+        Args:
+            base: `nn.Linear` or a quantized bitsandbytes `Linear4bit`.
+            r: rank.
+            lora_alpha: numerator of the scaling.
+            lora_dropout: dropout probability on the input of the low-rank branch, in training mode.
+            use_rslora: scale by alpha/√r.
+            bias: "all" or "lora_only" also trains the bias of `base`.
+            lora_bias: adds a trainable bias to the low-rank branch, scaled with it.
+            adapter_dtype: dtype of A, B and lora_bias; float32 when None.
+            backend: "auto" or a name of `ops.BACKENDS`.
+
+        Raises:
+            UnsupportedLayer, UnsupportedWeight: `base` cannot be fused; it is left as it was.
+            ValueError: another argument does not fit; the message names it.
+        """
+        return cls(base, r, lora_alpha, lora_dropout, use_rslora, bias, lora_bias, adapter_dtype, backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused_lora_forward(
+            self.base_layer,
+            x,
+            self.lora_A,
+            self.lora_B,
+            scaling=self.scaling,
+            lora_bias=self.lora_bias,
+            dropout_p=self.lora_dropout,
+            training=self.training,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout}, backend={self.backend!r}"

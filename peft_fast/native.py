@@ -1,0 +1,95 @@
+"""The C++ backend: loads `peft_fast._C` (csrc/) on first use and adapts its ops to the backend signature.
+
+The library is built on torch's stable ABI and registers the ops of namespace `peft_fast_cpu`, whose weight
+arguments are the fields of `QuantizedWeight`. The instruction-set level is chosen at run time; naming one
+(`cpu-avx512`, `cpu-avx2`, `cpu-scalar`) forces it.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .formats import QuantizedWeight
+from .reference import Gradients, Needs
+
+LEVELS = ("avx512", "avx2", "scalar")
+BUILD_HINT = "build it with `pip install --no-build-isolation -e .` (needs a C++20 compiler)"
+
+
+@functools.cache
+def load_error() -> str | None:
+    """Loads the library once; None when its ops are registered, else the reason."""
+    libraries = sorted(Path(__file__).parent.glob("_C*.so"))
+    if not libraries:
+        return f"the C++ extension peft_fast._C is not built: {BUILD_HINT}"
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except OSError as error:
+        return f"the C++ extension {libraries[0].name} does not load ({error}): {BUILD_HINT}"
+    return None
+
+
+@functools.cache
+def levels() -> tuple[str, ...]:
+    """The instruction-set levels that this machine runs, best first; () without the library."""
+    if load_error() is not None:
+        return ()
+    return tuple(level for level in LEVELS if torch.ops.peft_fast_cpu.level_available(level))
+
+
+class Level:
+    """One instruction-set level as a backend; "" is the best one of this machine."""
+
+    def __init__(self, level: str = "") -> None:
+        self.level = level
+
+    def unavailable(self, format: str, device: str, dtype: torch.dtype) -> str | None:
+        if device != "cpu":
+            return f"runs on cpu tensors, got {device}"
+        if (error := load_error()) is not None:
+            return error
+        if self.level and self.level not in levels():
+            return f"this CPU lacks {self.level}, it has {', '.join(levels())}"
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"takes float32, float16 or bfloat16 activations, got {dtype}"
+        return None
+
+    def lora_linear(
+        self,
+        x: Tensor,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        dropout_mask: Tensor | None,
+        scaling: float,
+        dropout_p: float,
+    ) -> tuple[Tensor, Tensor]:
+        return torch.ops.peft_fast_cpu.lora_linear(
+            x, *weight, bias, lora_A, lora_B, dropout_mask, scaling, dropout_p, self.level
+        )
+
+    def lora_linear_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: QuantizedWeight,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        z: Tensor,
+        dropout_mask: Tensor | None,
+        scaling: float,
+        dropout_p: float,
+        needs: Needs,
+    ) -> Gradients:
+        grads = torch.ops.peft_fast_cpu.lora_linear_backward(
+            grad, x, *weight, lora_A, lora_B, z, dropout_mask, scaling, dropout_p, *needs, self.level
+        )
+        return Gradients(*(g if needed else None for g, needed in zip(grads, needs, strict=True)))
+
+    def dequantize(self, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+        return torch.ops.peft_fast_cpu.dequantize(*weight, dtype, self.level)

@@ -1,0 +1,123 @@
+"""The definition of right: each op in straight-line PyTorch, for any device and dtype.
+
+Every backend is compared with this file, and this file with PEFT, pyreft and bitsandbytes. Backends share
+these signatures. Shapes: M tokens, K in-features, N out-features, R rank.
+
+The low-rank term accumulates in fp32 (fp64 for fp64 activations), whatever the dtypes of X, A and B; the base
+term is one library GEMM in the dtype of X.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .formats import QuantizedWeight
+
+
+class Needs(NamedTuple):
+    """Which gradients of `lora_linear` to compute."""
+
+    x: bool
+    lora_A: bool
+    lora_B: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """Gradients of `lora_linear`: dX [M, K] and dA [R, K], dB [N, R] in their operands' dtypes, dbias [N] fp32."""
+
+    x: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    bias: Tensor | None
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def dropout_scale(dropout_p: float) -> float:
+    """1/(1-p), and 0 where everything is dropped."""
+    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+
+
+def dropout_mask(x: Tensor, dropout_p: float) -> Tensor:
+    """Draws the keep mask that `F.dropout(x, dropout_p)` would draw from the same generator state.
+
+    Returns uint8 [M, ⌈K/8⌉]: bit j of byte i keeps element 8i + j of its row.
+    """
+    keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout_p)
+    keep = keep.reshape(-1, x.shape[-1]).to(torch.uint8)
+    keep = F.pad(keep, (0, -x.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    packed = keep[..., 0].clone()
+    for bit in range(1, 8):
+        packed |= keep[..., bit] << bit
+    return packed
+
+
+def unpack_mask(mask: Tensor, K: int) -> Tensor:
+    """The bool mask [M, K] that `dropout_mask` packed."""
+    bits = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (mask.unsqueeze(-1) >> bits & 1).flatten(-2)[:, :K].bool()
+
+
+def lora_linear(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    dropout_mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Y = X·Ŵᵀ + s·Z·Bᵀ + bias with Z = drop(X)·Aᵀ.
+
+    x [M, K], lora_A [R, K], lora_B [N, R], bias [N]; returns (Y [M, N] in x.dtype, Z [M, R] fp32).
+    """
+    acc = accumulation_dtype(x.dtype)
+    z = _dropped(x, dropout_mask, dropout_p).to(acc) @ lora_A.to(acc).t()
+    y = F.linear(x, weight.decode(x.dtype)).to(acc) + scaling * z @ lora_B.to(acc).t()
+    if bias is not None:
+        y += bias.to(acc)
+    return y.to(x.dtype), z
+
+
+def lora_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: QuantizedWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    z: Tensor,
+    dropout_mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    needs: Needs,
+) -> Gradients:
+    """With G = dY [M, N]: dbias = Σ_m G, dB = s·Gᵀ·Z, dZ = s·G·B, dA = dZᵀ·drop(X), dX = G·Ŵ + drop(dZ·A)."""
+    acc = accumulation_dtype(x.dtype)
+    g = grad.to(acc)
+    dz = scaling * g @ lora_B.to(acc)
+    dx = d_A = d_B = dbias = None
+    if needs.x:
+        low_rank = _dropped(dz @ lora_A.to(acc), dropout_mask, dropout_p)
+        dx = ((grad @ weight.decode(x.dtype)).to(acc) + low_rank).to(x.dtype)
+    if needs.lora_A:
+        d_A = (dz.t() @ _dropped(x, dropout_mask, dropout_p).to(acc)).to(lora_A.dtype)
+    if needs.lora_B:
+        d_B = (scaling * g.t() @ z).to(lora_B.dtype)
+    if needs.bias:
+        dbias = g.sum(0)
+    return Gradients(dx, d_A, d_B, dbias)
+
+
+def _dropped(x: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
+    if mask is None:
+        return x
+    keep = unpack_mask(mask, x.shape[-1])
+    return torch.where(keep, x.to(accumulation_dtype(x.dtype)) * dropout_scale(dropout_p), 0.0)

@@ -1,0 +1,29 @@
+"""The one table of tolerances, each with its reason.
+
+The criterion is relative: with everything computed again in fp64 as the truth, the error of a backend is at
+most `FACTOR` times that of the same computation in plain PyTorch at the same dtypes, plus a floor of a few
+units in the last place for results that plain PyTorch happens to hit exactly.
+"""
+
+import torch
+
+FACTOR = 2.0
+
+# Relative to the largest true magnitude. Two roundings of the dtype: one of the value, one of the store.
+FLOOR = {torch.float32: 2.0**-21, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float64: 2.0**-50}
+
+
+def relative_error(got: torch.Tensor, truth: torch.Tensor) -> float:
+    """‖got − truth‖ / ‖truth‖ in fp64; 0 for two empty or two zero tensors."""
+    difference = (got.double() - truth.double()).norm().item()
+    scale = truth.double().norm().item()
+    return difference / scale if scale else difference
+
+
+def assert_as_exact(name: str, got: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> None:
+    """`got` is as near to the fp64 `truth` as FACTOR times `plain` (plain PyTorch at the same dtypes)."""
+    assert got.shape == truth.shape, f"{name}: expected shape {tuple(truth.shape)}, got {tuple(got.shape)}"
+    assert got.dtype == plain.dtype, f"{name}: expected {plain.dtype}, got {got.dtype}"
+    bound = max(FACTOR * relative_error(plain, truth), FLOOR[got.dtype])
+    error = relative_error(got, truth)
+    assert error <= bound, f"{name}: error {error:.3e} against fp64, allowed {bound:.3e}"
