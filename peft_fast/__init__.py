@@ -1,0 +1,56 @@
+"""Fast, exact, quantized parameter-efficient fine-tuning: fused adapters over frozen 4-bit weights.
+
+Importing this package needs neither a GPU nor Triton nor the compiled extension, and loads none of PEFT,
+transformers or bitsandbytes; names resolve on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BackendUnavailable": "errors",
+    "UnsupportedLayer": "errors",
+    "UnsupportedWeight": "errors",
+    "QuantizedWeight": "formats",
+    "from_bitsandbytes": "formats",
+    "from_dense": "formats",
+    "LoRALinear": "modules",
+    "lora_linear": "functional",
+    "accelerate": "convert",
+    "restore": "convert",
+    "explain": "convert",
+}
+__all__ = [
+    "BackendUnavailable",
+    "LoRALinear",
+    "QuantizedWeight",
+    "UnsupportedLayer",
+    "UnsupportedWeight",
+    "accelerate",
+    "explain",
+    "from_bitsandbytes",
+    "from_dense",
+    "lora_linear",
+    "restore",
+]
+
+if TYPE_CHECKING:
+    from .convert import accelerate, explain, restore
+    from .errors import BackendUnavailable, UnsupportedLayer, UnsupportedWeight
+    from .formats import QuantizedWeight, from_bitsandbytes, from_dense
+    from .functional import lora_linear
+    from .modules import LoRALinear
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -114,7 +114,9 @@ def _check_4bit(w: QuantizedWeight) -> None:
         if w.nested_code is None or w.nested_offset is None:
             raise UnsupportedWeight("nested_code and nested_offset: expected tensors, got None")
         if w.nested_blocksize not in BLOCK_SIZES:
-            raise UnsupportedWeight(f"nested_blocksize: expected one of {BLOCK_SIZES}, got {w.nested_blocksize}")
+            raise UnsupportedWeight(
+                f"nested_blocksize: expected one of {BLOCK_SIZES}, got {w.nested_blocksize}"
+            )
         _expect("absmax dtype", torch.uint8, w.absmax.dtype)
         _expect("nested_absmax numel", -(-blocks // w.nested_blocksize), w.nested_absmax.numel())
         _expect("nested_absmax dtype", torch.float32, w.nested_absmax.dtype)
@@ -136,7 +138,7 @@ def decode_absmax(w: QuantizedWeight) -> Tensor:
     assert w.absmax is not None
     if w.nested_absmax is None:
         return w.absmax
-    assert w.nested_code is not None
+    assert w.nested_code is not None and w.nested_offset is not None
     group = torch.arange(w.absmax.numel(), device=w.absmax.device) // w.nested_blocksize
     return w.nested_code[w.absmax.int()] * w.nested_absmax[group] + w.nested_offset
 
@@ -178,7 +180,7 @@ def from_bitsandbytes(weight: Tensor, quant_state: Any) -> QuantizedWeight:
     """
     if quant_state is None:
         raise UnsupportedWeight(
-            "quant_state: expected a QuantState, got None (the layer is quantized by moving it: layer.to(device))"
+            "quant_state: expected a QuantState, got None (moving the layer quantizes it: layer.to(device))"
         )
     if getattr(quant_state, "packing_format_for_cpu", False):
         raise UnsupportedWeight(
@@ -203,7 +205,7 @@ def from_bitsandbytes(weight: Tensor, quant_state: Any) -> QuantizedWeight:
     )
 
 
-def from_linear(layer: nn.Module) -> QuantizedWeight:
+def from_linear(layer: nn.Linear) -> QuantizedWeight:
     """The base weight of an `nn.Linear` or a bitsandbytes `Linear4bit`, whichever `layer` is.
 
     Cheap enough for every forward: attributes are read, nothing is copied, cached or checked. Call

@@ -25,7 +25,7 @@ def lora_linear(
     """Y = X·Ŵᵀ + s·(drop(X)·Aᵀ·Bᵀ + lora_bias) + bias, in one fused op (LoRA, arXiv 2106.09685, eq. 3).
 
     Gradients flow to x, lora_A, lora_B, bias and lora_bias; the weight is frozen. Inside autocast, x is cast
-    to the autocast dtype, as `F.linear` does; the low-rank factors are used as they are, in fp32 accumulation.
+    to the autocast dtype, as `F.linear` does; the low-rank factors are used as they are, accumulated in fp32.
 
     Args:
         x: activations [..., K], float32, float16 or bfloat16.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,17 @@ from .functional import lora_linear
 
 def is_linear4bit(layer: nn.Module) -> bool:
     """Whether `layer` is a bitsandbytes `Linear4bit`, without importing bitsandbytes."""
-    return any(c.__name__ == "Linear4bit" and c.__module__.startswith("bitsandbytes.") for c in type(layer).__mro__)
+    return any(
+        c.__name__ == "Linear4bit" and c.__module__.startswith("bitsandbytes.") for c in type(layer).__mro__
+    )
 
 
-def check_base(layer: nn.Module) -> None:
+def check_base(layer: nn.Linear) -> None:
     """Raises `UnsupportedLayer` or `UnsupportedWeight` unless `layer` can be a fused layer's frozen base."""
     if type(layer) is not nn.Linear and not is_linear4bit(layer):
-        raise UnsupportedLayer(f"base: expected nn.Linear or bitsandbytes Linear4bit, got {type(layer).__name__}")
+        raise UnsupportedLayer(
+            f"base: expected nn.Linear or bitsandbytes Linear4bit, got {type(layer).__name__}"
+        )
     weight = from_linear(layer).check()
     expected = (layer.out_features, layer.in_features)
     if (weight.out_features, weight.in_features) != expected:
@@ -36,13 +40,13 @@ def check_base(layer: nn.Module) -> None:
         )
 
 
-def protect_from_repacking(layer: nn.Module) -> None:
+def protect_from_repacking(layer: Any) -> None:
     """Keeps bitsandbytes from repacking `layer` in place at an eval forward on an AVX512_BF16 CPU.
 
     After that repacking a training forward loses dX and saving stores other weights. The switch is an
     attribute of this one layer.
     """
-    if getattr(layer, "support_avx512bf16_for_cpu", False):
+    if is_linear4bit(layer):
         layer.support_avx512bf16_for_cpu = False
 
 
@@ -57,7 +61,7 @@ def warn_slow_compute_dtype(layer: nn.Module, x_dtype: torch.dtype | None = None
 
 
 def fused_lora_forward(
-    base: nn.Module,
+    base: nn.Linear,
     x: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -97,15 +101,16 @@ class LoRALinear(nn.Module):
 
     Y = X·Ŵᵀ + s·(drop(X)·Aᵀ·Bᵀ + lora_bias) + bias,  s = alpha/r, or alpha/√r with `use_rslora`.
 
-    A [r, in_features] is initialised as `nn.Linear` is (Kaiming uniform), B [out_features, r] with zeros, so a new
-    layer equals its base. State-dict keys: `base_layer.*` (the owner's own keys), `lora_A`, `lora_B`, `lora_bias`.
+    A [r, in_features] is initialised as `nn.Linear` is (Kaiming uniform), B [out_features, r] with zeros, so
+    a new layer equals its base. State-dict keys: `base_layer.*` (the owner's own), `lora_A`, `lora_B`,
+    `lora_bias`.
 
     Make one with `from_linear`, which names the arguments.
     """
 
     def __init__(
         self,
-        base_layer: nn.Module,
+        base_layer: nn.Linear,
         r: int,
         lora_alpha: float,
         lora_dropout: float,
@@ -140,13 +145,15 @@ class LoRALinear(nn.Module):
         device = base_layer.weight.device
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, dtype=dtype, device=device))
-        self.lora_bias = nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=device)) if lora_bias else None
+        self.lora_bias = (
+            nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=device)) if lora_bias else None
+        )
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     @classmethod
     def from_linear(
         cls,
-        base: nn.Module,
+        base: nn.Linear,
         *,
         r: int = 16,
         lora_alpha: float = 32,
@@ -190,4 +197,5 @@ class LoRALinear(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout}, backend={self.backend!r}"
+        dropout = f"lora_dropout={self.lora_dropout}"
+        return f"r={self.r}, scaling={self.scaling:g}, {dropout}, backend={self.backend!r}"

@@ -25,7 +25,8 @@ from .reference import Gradients, Needs
 
 WEIGHT_SCHEMA = (
     "Tensor weight, Tensor? absmax, Tensor? code, Tensor? nested_absmax, Tensor? nested_code, "
-    "Tensor? nested_offset, str format, int out_features, int in_features, int blocksize, int nested_blocksize"
+    "Tensor? nested_offset, str format, int out_features, int in_features, int blocksize, "
+    "int nested_blocksize"
 )
 WEIGHT_FIELDS = len(QuantizedWeight._fields)
 
@@ -46,7 +47,7 @@ _library.define("dropout_mask(Tensor x, float p) -> Tensor", tags=(torch.Tag.non
 
 
 class Backend(NamedTuple):
-    """A row of the table: `load()` gives the object with the ops; `unavailable` says why a case cannot run."""
+    """A row of the table: `load()` gives the object with the ops, `unavailable` why a case cannot run."""
 
     load: Callable[[], Any]
     unavailable: Callable[[str, str, torch.dtype], str | None]
@@ -199,7 +200,8 @@ def _lora_linear_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, 
         Needs(*needs),
     )
     dx = grads.x.view(x.shape) if grads.x is not None else None
-    return tuple(x.new_empty(0) if g is None else g for g in (dx, *grads[1:]))
+    results: list[Tensor | None] = [dx, *grads[1:]]
+    return tuple(x.new_empty(0) if g is None else g for g in results)
 
 
 def _fake_lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

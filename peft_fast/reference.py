@@ -28,7 +28,10 @@ class Needs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of `lora_linear`: dX [M, K] and dA [R, K], dB [N, R] in their operands' dtypes, dbias [N] fp32."""
+    """Gradients of `lora_linear`: dX [M, K], dA [R, K], dB [N, R] in their operands' dtypes, dbias [N] fp32.
+
+    None where not needed.
+    """
 
     x: Tensor | None
     lora_A: Tensor | None
