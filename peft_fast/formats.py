@@ -138,7 +138,8 @@ def decode_absmax(w: QuantizedWeight) -> Tensor:
     assert w.absmax is not None
     if w.nested_absmax is None:
         return w.absmax
-    assert w.nested_code is not None and w.nested_offset is not None
+    assert w.nested_code is not None
+    assert w.nested_offset is not None
     group = torch.arange(w.absmax.numel(), device=w.absmax.device) // w.nested_blocksize
     return w.nested_code[w.absmax.int()] * w.nested_absmax[group] + w.nested_offset
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import autograd, ops  # noqa: F401  (autograd registers the formulas)
+from . import autograd as autograd  # registers the formulas
+from . import ops
 from .formats import QuantizedWeight, from_dense
 
 
@@ -55,10 +56,9 @@ def lora_linear(
     if lora_bias is not None:
         scaled = scaling * lora_bias
         bias = scaled if bias is None else bias + scaled
+    ops.check_probability("dropout_p", dropout_p)
     mask = None
     if training and dropout_p > 0.0:
-        if dropout_p > 1.0:
-            raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
         mask = torch.ops.peft_fast.dropout_mask(x, dropout_p)
     y, _ = torch.ops.peft_fast.lora_linear(
         x, *weight, bias, lora_A, lora_B, mask, scaling, dropout_p if mask is not None else 0.0, backend

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .errors import UnsupportedLayer
 from .formats import from_linear
 from .functional import lora_linear
+from .ops import check_probability
 
 
 def is_linear4bit(layer: nn.Module) -> bool:
@@ -124,8 +125,7 @@ class LoRALinear(nn.Module):
         check_base(base_layer)
         if not isinstance(r, int) or r < 1:
             raise ValueError(f"r: expected a positive integer, got {r!r}")
-        if not 0.0 <= lora_dropout <= 1.0:
-            raise ValueError(f"lora_dropout: expected a probability in [0, 1], got {lora_dropout}")
+        check_probability("lora_dropout", lora_dropout)
         if bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias: expected 'none', 'all' or 'lora_only', got {bias!r}")
         if bias != "none" and base_layer.bias is None:

@@ -138,6 +138,11 @@ def _backend(op: str, weight: QuantizedWeight, x: Tensor, backend: str) -> Any:
 # ------------------------------------------------------------------------------------------------ checks
 
 
+def check_probability(argument: str, p: float) -> None:
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{argument}: expected a probability in [0, 1], got {p}")
+
+
 def check_lora_linear(
     x: Tensor,
     weight: QuantizedWeight,
@@ -157,8 +162,7 @@ def check_lora_linear(
         raise ValueError(f"lora_B: expected [N, R] = [{N}, {R}], got {list(lora_B.shape)}")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != N):
         raise ValueError(f"bias: expected [N] = [{N}], got {list(bias.shape)}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
+    check_probability("dropout_p", dropout_p)
     for name, tensor in (("x", x), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
         if tensor is None:
             continue
@@ -173,6 +177,20 @@ def check_lora_linear(
 # ------------------------------------------------------------------------------- implementations and fakes
 
 
+def _as_given(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs an op's implementation with autocast off: casting is decided before the op, not inside it."""
+
+    @functools.wraps(op)
+    def run(x: Tensor, *args: Any) -> Any:
+        if not torch.is_autocast_enabled(x.device.type):
+            return op(x, *args)
+        with torch.autocast(x.device.type, enabled=False):
+            return op(x, *args)
+
+    return run
+
+
+@_as_given
 def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     weight, rest = QuantizedWeight(*args[:WEIGHT_FIELDS]), args[WEIGHT_FIELDS:]
     bias, lora_A, lora_B, dropout_mask, scaling, dropout_p, backend = rest
@@ -184,6 +202,7 @@ def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return y.view(*x.shape[:-1], weight.out_features), z
 
 
+@_as_given
 def _lora_linear_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     weight, rest = QuantizedWeight(*args[:WEIGHT_FIELDS]), args[WEIGHT_FIELDS:]
     lora_A, lora_B, z, dropout_mask, scaling, dropout_p, *needs, backend = rest
@@ -200,8 +219,12 @@ def _lora_linear_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, 
         Needs(*needs),
     )
     dx = grads.x.view(x.shape) if grads.x is not None else None
-    results: list[Tensor | None] = [dx, *grads[1:]]
-    return tuple(x.new_empty(0) if g is None else g for g in results)
+    return tuple(_or_empty(g, x) for g in (dx, *grads[1:]))
+
+
+def _or_empty(grad: Tensor | None, like: Tensor) -> Tensor:
+    """Ops return tensors, each its own: an empty one stands for a gradient that nobody needs."""
+    return like.new_empty(0) if grad is None else grad
 
 
 def _fake_lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -221,7 +244,7 @@ def _fake_lora_linear_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Ten
         lora_B.new_empty(lora_B.shape),
         z.new_empty(lora_B.shape[0]),
     )
-    return tuple(g if needed else x.new_empty(0) for g, needed in zip(grads, needs, strict=True))
+    return tuple(_or_empty(g if needed else None, x) for g, needed in zip(grads, needs, strict=True))
 
 
 def _fake_dropout_mask(x: Tensor, p: float) -> Tensor:

@@ -1,0 +1,103 @@
+"""Inputs for the op tests: weights in every format, and the three computations that are compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor
+
+from peft_fast import formats, reference
+from peft_fast.formats import QuantizedWeight
+
+
+def make_weight(
+    format: str, N: int, K: int, *, blocksize: int = 64, nested: bool = True, storage=torch.uint8, dtype=None
+) -> QuantizedWeight:
+    """A random weight [N, K] of any format; dense in `dtype` (float32 when None)."""
+    dense = torch.randn(N, K) / K**0.5
+    if format == "dense":
+        return formats.from_dense(dense.to(dtype or torch.float32)).check()
+    packed, state = bnb.quantize_4bit(
+        dense, blocksize=blocksize, compress_statistics=nested, quant_type=format, quant_storage=storage
+    )
+    return formats.from_bitsandbytes(packed, state).check()
+
+
+@dataclass
+class Case:
+    """Operands of one `lora_linear` call; `leaves` are those that take gradients."""
+
+    x: Tensor
+    weight: QuantizedWeight
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor | None
+    grad: Tensor
+    scaling: float = 0.5
+    dropout_p: float = 0.0
+    mask: Tensor | None = field(default=None)
+
+    @classmethod
+    def make(
+        cls,
+        format: str,
+        shape: tuple[int, ...],
+        K: int,
+        N: int,
+        R: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        adapter_dtype: torch.dtype = torch.float32,
+        bias: bool = True,
+        dropout_p: float = 0.0,
+        **weight_options,
+    ) -> Case:
+        x = torch.randn(*shape, K, dtype=dtype)
+        mask = torch.ops.peft_fast.dropout_mask(x, dropout_p) if dropout_p else None
+        return cls(
+            x,
+            make_weight(format, N, K, dtype=dtype, **weight_options),
+            (torch.randn(R, K) / K**0.5).to(adapter_dtype),
+            torch.randn(N, R).to(adapter_dtype),
+            torch.randn(N, dtype=dtype) if bias else None,
+            torch.randn(*shape, N, dtype=dtype),
+            dropout_p=dropout_p,
+            mask=mask,
+        )
+
+    def run(self, backend: str) -> dict[str, Tensor]:
+        """Output and every gradient through the op and its autograd formula."""
+        leaves = {
+            name: getattr(self, name).detach().requires_grad_()
+            for name in ("x", "lora_A", "lora_B", "bias")
+            if getattr(self, name) is not None
+        }
+        y, _ = torch.ops.peft_fast.lora_linear(
+            leaves["x"], *self.weight, leaves.get("bias"), leaves["lora_A"], leaves["lora_B"],
+            self.mask, self.scaling, self.dropout_p, backend,
+        )  # fmt: skip
+        y.backward(self.grad)
+        return {"y": y.detach(), **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}
+
+    def plain(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The same in the ordinary PyTorch that one would write, differentiated by autograd.
+
+        In `dtype`, or as PEFT does it: the base in the dtype of x, the low-rank branch in the adapters'.
+        """
+        cast = (lambda t: t.to(dtype)) if dtype else (lambda t: t)
+        leaves = {
+            name: cast(getattr(self, name).detach()).requires_grad_()
+            for name in ("x", "lora_A", "lora_B", "bias")
+            if getattr(self, name) is not None
+        }
+        x, lora_A, lora_B = leaves["x"], leaves["lora_A"], leaves["lora_B"]
+        base = torch.nn.functional.linear(x, self.weight.decode(x.dtype), leaves.get("bias"))
+        x_d = x.to(lora_A.dtype)
+        if self.mask is not None:
+            keep = reference.unpack_mask(self.mask, x.shape[-1]).view(x.shape)
+            x_d = x_d * keep * reference.dropout_scale(self.dropout_p)
+        y = (base + (x_d @ lora_A.t() @ lora_B.t()) * self.scaling).to(x.dtype)
+        y.backward(cast(self.grad))
+        return {"y": y.detach(), **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}

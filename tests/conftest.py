@@ -1,0 +1,37 @@
+"""Shared fixtures. Without a GPU, Triton kernels run in its interpreter, chosen before triton is imported."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+from peft_fast import ops
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned():
+    """Fills every uninitialized buffer with NaN, so that an element that nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def backends(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[str]:
+    """Every backend that this machine runs; the native ones one level at a time."""
+    available = ops.availability("nf4", device, dtype)
+    return [name for name, reason in available.items() if reason is None and name != "cpu"]
+
+
+@pytest.fixture(params=backends())
+def backend(request):
+    return request.param

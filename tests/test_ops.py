@@ -1,0 +1,279 @@
+"""lora_linear: every backend × format × dtype against fp64, and the op's manners as a dispatcher op."""
+
+import pytest
+import torch
+from cases import Case, make_weight
+from tolerances import assert_as_exact
+
+from peft_fast import BackendUnavailable, formats, ops, reference
+from peft_fast.functional import lora_linear
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+FORMATS = ("dense", "nf4", "fp4")
+HALF = (torch.float16, torch.bfloat16)
+
+
+def check(case: Case, backend: str) -> None:
+    got, plain, truth = case.run(backend), case.plain(), case.plain(torch.float64)
+    assert got.keys() == truth.keys()
+    for name in truth:
+        assert_as_exact(name, got[name], plain[name], truth[name])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_every_dtype(backend, format, dtype):
+    check(Case.make(format, (2, 9), 96, 40, 5, dtype=dtype), backend)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_adapters(backend, dtype):
+    check(Case.make("nf4", (17,), 64, 32, 4, dtype=dtype, adapter_dtype=dtype), backend)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.9, 1.0])
+def test_dropout(backend, p):
+    check(Case.make("nf4", (13,), 72, 24, 3, dropout_p=p), backend)
+
+
+@pytest.mark.parametrize(
+    ("M", "K", "N", "R", "blocksize"),
+    [
+        (1, 64, 16, 16, 64),
+        (3, 65, 33, 7, 64),  # odd K: rows start in the middle of a byte, blocks straddle rows
+        (5, 1, 1, 1, 64),
+        (2, 37, 1, 2, 32),  # an odd number of weights
+        (16, 128, 48, 33, 4096),  # one block spans several rows
+        (33, 160, 130, 20, 128),
+        (4, 8, 5, 12, 32),  # R > K
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_awkward_shapes(backend, M, K, N, R, blocksize, nested):
+    check(Case.make("nf4", (M,), K, N, R, blocksize=blocksize, nested=nested), backend)
+
+
+def test_rank_zero_is_the_base_alone(backend):
+    case = Case.make("nf4", (6,), 64, 40, 0)
+    got, truth = case.run(backend), case.plain(torch.float64)
+    for name in ("y", "dx", "dbias"):
+        assert_as_exact(name, got[name], case.plain()[name], truth[name])
+    assert got["dlora_A"].shape == (0, 64)
+    assert got["dlora_B"].shape == (40, 0)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0, 2)])
+def test_empty_batch(backend, shape):
+    got = Case.make("nf4", shape, 64, 32, 4).run(backend)
+    assert got["y"].shape == (*shape, 32)
+    assert got["dx"].shape == (*shape, 64)
+    for name in ("dlora_A", "dlora_B", "dbias"):
+        assert torch.count_nonzero(got[name]) == 0, name
+        assert not got[name].isnan().any(), name
+
+
+def test_non_contiguous_operands(backend):
+    case = Case.make("nf4", (12,), 64, 32, 4)
+    strided = Case.make("nf4", (12,), 64, 32, 4)
+    strided.__dict__.update(case.__dict__)
+    strided.x = case.x.repeat_interleave(2, dim=0)[::2]
+    strided.lora_A = case.lora_A.t().contiguous().t()
+    strided.lora_B = case.lora_B.t().contiguous().t()
+    strided.grad = case.grad[:1].expand_as(case.grad)
+    case.grad = strided.grad.contiguous()
+    for name, expected in case.run(backend).items():
+        assert torch.equal(strided.run(backend)[name], expected), name
+
+
+@pytest.mark.parametrize("wanted", range(1, 16))
+def test_every_subset_of_gradients(backend, wanted):
+    case = Case.make("nf4", (5,), 64, 32, 4)
+    names = [n for i, n in enumerate(("x", "lora_A", "lora_B", "bias")) if wanted >> i & 1]
+    full = case.run(backend)
+    leaves = {
+        n: getattr(case, n).clone().requires_grad_(n in names) for n in ("x", "lora_A", "lora_B", "bias")
+    }
+    y = lora_linear(
+        leaves["x"], case.weight, leaves["lora_A"], leaves["lora_B"], leaves["bias"],
+        scaling=case.scaling, backend=backend,
+    )  # fmt: skip
+    y.backward(case.grad)
+    for name, leaf in leaves.items():
+        if name in names:
+            torch.testing.assert_close(leaf.grad, full[f"d{name}"], rtol=1e-6, atol=1e-6)
+        else:
+            assert leaf.grad is None, name
+
+
+def test_backward_leaves_its_inputs_alone_and_repeats(backend):
+    case = Case.make("nf4", (5,), 64, 32, 4, dropout_p=0.2)
+    x = case.x.clone().requires_grad_()
+    lora_A, lora_B = case.lora_A.clone().requires_grad_(), case.lora_B.clone().requires_grad_()
+    inputs = (x, case.grad, *filter(torch.is_tensor, case.weight))
+    before = [(t.clone(), t._version) for t in inputs]
+    y = lora_linear(x, case.weight, lora_A, lora_B, dropout_p=0.2, backend=backend)
+    first = torch.autograd.grad(y, (x, lora_A, lora_B), case.grad, retain_graph=True)
+    second = torch.autograd.grad(y, (x, lora_A, lora_B), case.grad)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    for tensor, (value, version) in zip(inputs, before, strict=True):
+        assert torch.equal(tensor, value)
+        assert tensor._version == version
+
+
+def test_gradcheck_of_the_formula():
+    weight = make_weight("nf4", 12, 10)
+    leaves = [
+        torch.randn(s, dtype=torch.float64, requires_grad=True)
+        for s in ((2, 3, 10), (4, 10), (12, 4), (12,), (12,))
+    ]
+    assert torch.autograd.gradcheck(
+        lambda x, A, B, bias, lora_bias: lora_linear(x, weight, A, B, bias, scaling=0.7, lora_bias=lora_bias),
+        leaves,
+    )
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_opcheck(backend, format):
+    case = Case.make(format, (2, 3), 64, 32, 4, dropout_p=0.3)
+    leaves = [t.clone().requires_grad_() for t in (case.x, case.bias, case.lora_A, case.lora_B)]
+    torch.library.opcheck(
+        torch.ops.peft_fast.lora_linear.default,
+        (leaves[0], *case.weight, *leaves[1:], case.mask, 0.5, 0.3, backend),
+    )
+    z = torch.randn(6, 4)
+    torch.library.opcheck(
+        torch.ops.peft_fast.lora_linear_backward.default,
+        (
+            case.grad,
+            case.x,
+            *case.weight,
+            case.lora_A,
+            case.lora_B,
+            z,
+            case.mask,
+            0.5,
+            0.3,
+            True,
+            True,
+            True,
+            True,
+            backend,
+        ),
+    )
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_into_one_graph(compiler):
+    case = Case.make("nf4", (7,), 64, 32, 4)
+    torch._dynamo.reset()
+
+    def step(x, A, B, scaling):
+        return lora_linear(x.relu(), case.weight, A, B, case.bias, scaling=scaling).sin()
+
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    results = []
+    for run in (step, compiled):
+        leaves = [t.clone().requires_grad_() for t in (case.x, case.lora_A, case.lora_B)]
+        y = run(*leaves, 0.5)
+        y.backward(case.grad)
+        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    for eager, graph in zip(*results, strict=True):
+        torch.testing.assert_close(graph, eager)
+
+
+def test_dropout_draws_the_mask_of_torch():
+    x = torch.randn(3, 5, 21)
+    for p in (0.1, 0.5, 1.0):
+        torch.manual_seed(1)
+        mask = torch.ops.peft_fast.dropout_mask(x, p)
+        torch.manual_seed(1)
+        kept = torch.nn.functional.dropout(torch.ones_like(x), p) != 0
+        assert torch.equal(reference.unpack_mask(mask, 21), kept.view(-1, 21))
+    torch.library.opcheck(
+        torch.ops.peft_fast.dropout_mask.default, (x, 0.3), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_autocast_casts_the_activations_only(dtype):
+    case = Case.make("nf4", (9,), 64, 32, 4)
+    with torch.autocast("cpu", dtype=dtype):
+        y = lora_linear(case.x, case.weight, case.lora_A, case.lora_B, case.bias)
+    expected = lora_linear(case.x.to(dtype), case.weight, case.lora_A, case.lora_B, case.bias)
+    assert y.dtype == dtype
+    assert torch.equal(y, expected)
+
+
+def test_saves_only_x_and_small_things():
+    case = Case.make("nf4", (48,), 256, 192, 4, dropout_p=0.1)
+    saved = {}
+
+    def pack(t):
+        saved[t.data_ptr()] = t
+        return t
+
+    x = case.x.clone().requires_grad_()
+    A, B = (t.clone().requires_grad_() for t in (case.lora_A, case.lora_B))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        lora_linear(x, case.weight, A, B, dropout_p=0.1)
+    owned = {t.data_ptr() for t in (x, A, B, *filter(torch.is_tensor, case.weight))}
+    extra = sum(t.numel() * t.element_size() for p, t in saved.items() if p not in owned)
+    M, K, R = 48, 256, 4
+    assert extra == 4 * M * R + M * K // 8
+
+
+def test_a_fused_call_is_counted(backend):
+    case = Case.make("nf4", (3,), 64, 32, 4, dropout_p=0.1)
+    before = ops.calls["lora_linear", backend], ops.calls["lora_linear_backward", backend]
+    case.run(backend)
+    after = ops.calls["lora_linear", backend], ops.calls["lora_linear_backward", backend]
+    assert after == (before[0] + 1, before[1] + 1)
+
+
+@pytest.mark.parametrize(
+    ("argument", "change"),
+    [
+        ("x", {"x": torch.randn(3, 63)}),
+        ("x", {"x": torch.randn(())}),
+        ("x", {"x": torch.ones(3, 64, dtype=torch.int64)}),
+        ("lora_A", {"lora_A": torch.randn(4, 63)}),
+        ("lora_A", {"lora_A": torch.randn(64)}),
+        ("lora_A", {"lora_A": torch.ones(4, 64, dtype=torch.int8)}),
+        ("lora_B", {"lora_B": torch.randn(4, 32)}),
+        ("lora_B", {"lora_B": torch.randn(32, 5)}),
+        ("bias", {"bias": torch.randn(31)}),
+        ("bias", {"bias": torch.randn(1, 32)}),
+        ("dropout_p", {"dropout_p": 1.5}),
+        ("dropout_p", {"dropout_p": -0.1}),
+        ("backend", {"backend": "cuda-magic"}),
+        ("lora_A", {"lora_A": torch.empty(4, 64, device="meta")}),
+    ],
+)
+def test_bad_input_names_the_argument(argument, change):
+    good = {
+        "x": torch.randn(3, 64),
+        "lora_A": torch.randn(4, 64),
+        "lora_B": torch.randn(32, 4),
+        "bias": torch.randn(32),
+    }
+    call = good | change
+    with pytest.raises((ValueError, TypeError), match=rf"^{argument}: expected"):
+        lora_linear(weight=make_weight("nf4", 32, 64), **call)
+
+
+def test_an_explicit_backend_runs_or_raises():
+    with pytest.raises(BackendUnavailable, match="float64"):
+        ops.resolve("nf4", "cpu", torch.float64, "cpu")
+    with pytest.raises(BackendUnavailable, match="got cuda"):
+        ops.resolve("nf4", "cuda", torch.float32, "cpu")
+    assert ops.resolve("nf4", "cpu", torch.float64) == "reference"
+    assert ops.resolve("nf4", "cpu", torch.float32) == "cpu"
+
+
+def test_the_reference_is_last_and_runs_everything():
+    assert list(ops.BACKENDS)[-1] == "reference"
+    for format in formats.FORMATS:
+        for dtype in (torch.float64, torch.float32, *HALF):
+            assert ops.availability(format, "cpu", dtype)["reference"] is None
