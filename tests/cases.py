@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 
 import bitsandbytes.functional as bnb
 import torch
@@ -25,6 +25,11 @@ def make_weight(
     return formats.from_bitsandbytes(packed, state).check()
 
 
+def device_of(backend: str) -> str:
+    """Where a backend is tested: the native ones on the CPU, the others on a GPU when there is one."""
+    return "cuda" if torch.cuda.is_available() and not backend.startswith("cpu") else "cpu"
+
+
 @dataclass
 class Case:
     """Operands of one `lora_linear` call; `leaves` are those that take gradients."""
@@ -37,7 +42,7 @@ class Case:
     grad: Tensor
     scaling: float = 0.5
     dropout_p: float = 0.0
-    mask: Tensor | None = field(default=None)
+    mask: Tensor | None = None
 
     @classmethod
     def make(
@@ -67,8 +72,21 @@ class Case:
             mask=mask,
         )
 
+    def on(self, backend: str) -> Case:
+        """The same case where `backend` runs."""
+        device = device_of(backend)
+
+        def move(value):
+            return value.to(device) if torch.is_tensor(value) else value
+
+        moved = {f.name: move(getattr(self, f.name)) for f in fields(self) if f.name != "weight"}
+        return Case(weight=QuantizedWeight(*map(move, self.weight)), **moved)
+
     def run(self, backend: str) -> dict[str, Tensor]:
-        """Output and every gradient through the op and its autograd formula."""
+        """Output and every gradient through the op and its autograd formula, on the CPU."""
+        return {name: t.cpu() for name, t in self.on(backend)._run(backend).items()}
+
+    def _run(self, backend: str) -> dict[str, Tensor]:
         leaves = {
             name: getattr(self, name).detach().requires_grad_()
             for name in ("x", "lora_A", "lora_B", "bias")

@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+from cases import device_of
 
 from peft_fast import ops
 
@@ -26,10 +27,13 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-def backends(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[str]:
+def backends() -> list[str]:
     """Every backend that this machine runs; the native ones one level at a time."""
-    available = ops.availability("nf4", device, dtype)
-    return [name for name, reason in available.items() if reason is None and name != "cpu"]
+    return [
+        name
+        for name, row in ops.BACKENDS.items()
+        if name != "cpu" and row.unavailable("nf4", device_of(name), torch.float32) is None
+    ]
 
 
 @pytest.fixture(params=backends())

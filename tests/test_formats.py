@@ -5,10 +5,9 @@ import bitsandbytes.functional as bnb_functional
 import pytest
 import torch
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
-from cases import make_weight
+from cases import Case, make_weight
 
 from peft_fast import UnsupportedWeight, formats, ops, reference
-from peft_fast.functional import lora_linear
 
 # The definition that bitsandbytes gives for any shape; its compiled CPU kernel reads the wrong scale where a
 # row is not a whole number of blocks. Called without its torch.compile wrapper, so that it runs op by op.
@@ -61,8 +60,11 @@ def test_every_value_decodes_through_every_backend(backend):
         weight = formats.QuantizedWeight(
             packed, absmax, formats.code_table(format), None, None, None, format, K, K, 64, 0
         ).check()
-        y = lora_linear(torch.eye(K), weight, torch.zeros(0, K), torch.zeros(K, 0), backend=backend)
-        assert torch.equal(bits(y.t()), bits(weight.decode(torch.float32) + 0.0))
+        case = Case(torch.eye(K), weight, torch.zeros(0, K), torch.zeros(K, 0), None, torch.eye(K))
+        expected = bits(weight.decode(torch.float32) + 0.0)
+        got = case.run(backend)
+        assert torch.equal(bits(got["y"].t()), expected)
+        assert torch.equal(bits(got["dx"]), expected)
 
 
 @pytest.mark.parametrize("storage", STORAGES)

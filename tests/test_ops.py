@@ -88,7 +88,7 @@ def test_non_contiguous_operands(backend):
 
 @pytest.mark.parametrize("wanted", range(1, 16))
 def test_every_subset_of_gradients(backend, wanted):
-    case = Case.make("nf4", (5,), 64, 32, 4)
+    case = Case.make("nf4", (5,), 64, 32, 4).on(backend)
     names = [n for i, n in enumerate(("x", "lora_A", "lora_B", "bias")) if wanted >> i & 1]
     full = case.run(backend)
     leaves = {
@@ -101,13 +101,13 @@ def test_every_subset_of_gradients(backend, wanted):
     y.backward(case.grad)
     for name, leaf in leaves.items():
         if name in names:
-            torch.testing.assert_close(leaf.grad, full[f"d{name}"], rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(leaf.grad.cpu(), full[f"d{name}"], rtol=1e-6, atol=1e-6)
         else:
             assert leaf.grad is None, name
 
 
 def test_backward_leaves_its_inputs_alone_and_repeats(backend):
-    case = Case.make("nf4", (5,), 64, 32, 4, dropout_p=0.2)
+    case = Case.make("nf4", (5,), 64, 32, 4, dropout_p=0.2).on(backend)
     x = case.x.clone().requires_grad_()
     lora_A, lora_B = case.lora_A.clone().requires_grad_(), case.lora_B.clone().requires_grad_()
     inputs = (x, case.grad, *filter(torch.is_tensor, case.weight))
@@ -136,13 +136,13 @@ def test_gradcheck_of_the_formula():
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_opcheck(backend, format):
-    case = Case.make(format, (2, 3), 64, 32, 4, dropout_p=0.3)
+    case = Case.make(format, (2, 3), 64, 32, 4, dropout_p=0.3).on(backend)
     leaves = [t.clone().requires_grad_() for t in (case.x, case.bias, case.lora_A, case.lora_B)]
     torch.library.opcheck(
         torch.ops.peft_fast.lora_linear.default,
         (leaves[0], *case.weight, *leaves[1:], case.mask, 0.5, 0.3, backend),
     )
-    z = torch.randn(6, 4)
+    z = torch.randn(6, 4, device=case.x.device)
     torch.library.opcheck(
         torch.ops.peft_fast.lora_linear_backward.default,
         (

@@ -1,0 +1,18 @@
+"""The README's Python examples run as they stand."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+EXAMPLES = re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_both_examples_are_found():
+    assert [title for title, _ in EXAMPLES] == ["Replace a layer", "Accelerate a PEFT model"]
+
+
+@pytest.mark.parametrize(("title", "code"), EXAMPLES, ids=[title for title, _ in EXAMPLES])
+def test_example_runs(title, code):
+    exec(compile(code, title, "exec"), {})
