@@ -27,6 +27,12 @@ def test_every_dtype(backend, format, dtype):
     check(Case.make(format, (2, 9), 96, 40, 5, dtype=dtype), backend)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("M", [1, 2, 4, 5, 15, 16, 48])
+def test_every_number_of_rows(backend, format, M):
+    check(Case.make(format, (M,), 128, 64, 4, dropout_p=0.2), backend)
+
+
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_adapters(backend, dtype):
     check(Case.make("nf4", (17,), 64, 32, 4, dtype=dtype, adapter_dtype=dtype), backend)
