@@ -1,0 +1,103 @@
+// C[I, J] += A[I, P] · B[P, J] as outer products, and the packed layout of B. Compiled once per level.
+#pragma once
+
+#include "vector.h"
+
+namespace peft_fast::PEFT_FAST_LEVEL {
+
+// Columns of a register tile, and the values that one table lookup decodes.
+constexpr int kTileCols = 2 * kLanes;
+// Steps of one accumulation, and the row length of a panel of A that holds them; the odd line keeps rows off
+// the same cache sets.
+constexpr int kSteps = 256;
+constexpr int kPanelRow = kSteps + 16;
+
+// Element (i, p) is data[i * row + p * step].
+struct MatrixA {
+  const float* data;
+  int64_t row, step;
+};
+
+// Column tiles one after another: tile t is [depth][width] with width kTileCols, or kLanes when a last tile
+// of few columns fits one vector. Columns past `cols` are padding.
+struct PackedB {
+  float* data;
+  int64_t depth, cols;
+
+  int64_t width(int64_t j) const { return cols - j > kLanes ? kTileCols : kLanes; }
+  // Row p of the tile that starts at column j (a multiple of kTileCols).
+  float* row(int64_t j, int64_t p) const { return data + j * depth + p * width(j); }
+  // Floats needed to hold it.
+  static int64_t size(int64_t depth, int64_t cols) { return depth * round_up(cols, kTileCols); }
+};
+
+// Element (i, j) is data[i * row + j]; row is at least round_up(cols of B, kLanes).
+struct MatrixC {
+  float* data;
+  int64_t row;
+};
+
+// Fills row p of `b`: fill(j, n, out) writes the n values of columns j.. to out; the padding becomes zero.
+template <class Fill>
+inline void pack_row(const PackedB& b, int64_t p, Fill fill) {
+  for (int64_t j = 0; j < b.cols; j += kTileCols) {
+    float* out = b.row(j, p);
+    const int64_t n = min(kTileCols, b.cols - j);
+    fill(j, n, out);
+    for (int64_t i = n; i < b.width(j); ++i) out[i] = 0.0f;
+  }
+}
+
+// One register tile: I rows, J vectors, P steps from zero, then stored or added to C. `Row` is a.row where it
+// is known to the compiler (twelve row addresses need no registers then), else 0.
+template <int I, int J, int Row>
+inline void tile(MatrixA matrix, const float* b, int64_t P, float* c, int64_t c_row, bool accumulate) {
+  const int64_t a_row = Row != 0 ? Row : matrix.row, a_step = Row != 0 ? 1 : matrix.step;
+  const float* a = matrix.data;
+  V acc[I][J] = {};
+  for (int64_t p = 0; p < P; ++p, a += a_step, b += J * kLanes) {
+    V bv[J];
+#pragma GCC unroll 2
+    for (int j = 0; j < J; ++j) bv[j] = load(b + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < I; ++i) {
+      const V av = splat(a[i * a_row]);
+#pragma GCC unroll 2
+      for (int j = 0; j < J; ++j) acc[i][j] = fma(av, bv[j], acc[i][j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < I; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < J; ++j) {
+      float* out = c + i * c_row + j * kLanes;
+      store(out, accumulate ? load(out) + acc[i][j] : acc[i][j]);
+    }
+}
+
+template <int I, int J>
+inline void tile_column(int64_t rows, int64_t P, MatrixA a, const float* b, MatrixC c, bool accumulate) {
+  for (; rows >= I; rows -= I, a.data += I * a.row, c.data += I * c.row) {
+    if (a.row == kPanelRow && a.step == 1)
+      tile<I, J, kPanelRow>(a, b, P, c.data, c.row, accumulate);
+    else
+      tile<I, J, 0>(a, b, P, c.data, c.row, accumulate);
+  }
+  if constexpr (I > 1) {
+    constexpr int kNext = I > 8 ? 8 : I > 4 ? 4 : I / 2;
+    if (rows > 0) tile_column<kNext, J>(rows, P, a, b, c, accumulate);
+  }
+}
+
+// c[0:rows, 0:b.cols] (+)= a[0:rows, 0:P] · b[p0:p0+P]. Each element is summed over p in order, from zero.
+inline void gemm(int64_t rows, int64_t P, MatrixA a, PackedB b, int64_t p0, MatrixC c, bool accumulate) {
+  for (int64_t j = 0; j < b.cols; j += kTileCols) {
+    const MatrixC cj{c.data + j, c.row};
+    if (b.width(j) == kTileCols)
+      tile_column<kTileRows, 2>(rows, P, a, b.row(j, p0), cj, accumulate);
+    else
+      tile_column<kTileRows, 1>(rows, P, a, b.row(j, p0), cj, accumulate);
+  }
+}
+
+}  // namespace peft_fast::PEFT_FAST_LEVEL

@@ -1,0 +1,22 @@
+// The kernels for AVX2, FMA and F16C. The target is set after the shared headers, so that no function
+// that other files may link against is compiled for it.
+#include <cstring>
+#include <type_traits>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "lora_linear.h"
+
+#ifdef __x86_64__
+#include <immintrin.h>
+
+#pragma GCC target("avx2,fma,f16c")
+
+#define PEFT_FAST_LEVEL avx2
+#include "simd_avx2.h"
+#include "backward.h"
+
+namespace peft_fast::avx2 {
+const Kernels kernels{forward, backward, dequantize};
+}
+#endif

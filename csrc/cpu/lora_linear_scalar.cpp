@@ -1,0 +1,15 @@
+// The kernels for the baseline instruction set.
+#include <cstring>
+#include <type_traits>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "lora_linear.h"
+
+#define PEFT_FAST_LEVEL scalar
+#include "simd_scalar.h"
+#include "backward.h"
+
+namespace peft_fast::scalar {
+const Kernels kernels{forward, backward, dequantize};
+}
