@@ -1,0 +1,56 @@
+"""Host side of every launch: the device guard, allocation, and the arguments that all kernels take.
+
+`launch` is the only place that starts a kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_fast.formats import QuantizedWeight
+
+from .tiles import INTERPRET
+
+# The decode of a weight is a product, then a sum, with two roundings: no contraction.
+OPTIONS = {"enable_fp_fusion": False}
+
+# Triton's autotuner keeps the arguments of the running call on itself, so launches take turns.
+_lock = threading.Lock()
+
+
+def launch(kernel: Any, grid: Any, device: torch.device, *args: Any, **meta: Any) -> None:
+    """Starts `kernel` on the current stream of `device`; an empty grid starts nothing."""
+    if not callable(grid) and 0 in grid:
+        return
+    on_cpu = device.type == "cpu"
+    guard = contextlib.nullcontext() if on_cpu else torch.get_device_module(device).device(device)
+    with guard, _lock:
+        kernel[grid](*args, **meta, **OPTIONS)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialized result; fp32 for bfloat16 under the interpreter, which cannot store bfloat16."""
+    if INTERPRET.value and dtype == torch.bfloat16:
+        dtype = torch.float32
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def precision(device: torch.device) -> str:
+    """How fp32 operands are multiplied: three TF32 products on NVIDIA, natively elsewhere."""
+    return "tf32x3" if device.type == "cuda" and torch.version.hip is None else "ieee"
+
+
+def weight_args(weight: QuantizedWeight) -> tuple[tuple[Tensor | None, ...], tuple[int, int], dict[str, Any]]:
+    """The tensors, the dense strides (n, k) and the constexprs that `decode_tile` takes."""
+    strides = weight.weight.stride() if weight.format == "dense" else (0, 0)
+    meta = {
+        "BLOCKSIZE": weight.blocksize,
+        "NESTED_BLOCKSIZE": weight.nested_blocksize,
+        "ALIGNED": weight.format != "dense" and weight.in_features % weight.blocksize == 0,
+    }
+    return weight[:6], strides, meta

@@ -1,0 +1,107 @@
+"""What every kernel shares: how a tile is read, written and multiplied, dropout, program order.
+
+Matrices are contiguous and row-major. A tile is addressed from a scalar int64 base, so that only offsets
+inside one tile are 32-bit.
+
+Under Triton's interpreter (CPU tensors) bfloat16 values are opaque 16-bit patterns: `load_tile` and `cast`
+keep fp32 there instead, and launchers allocate fp32 results (`launch.empty`).
+"""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+INTERPRET = tl.constexpr(knobs.runtime.interpret)
+
+
+@triton.jit
+def widen(b):
+    """fp32 for bfloat16 under the interpreter, else the value itself."""
+    if INTERPRET and b.dtype == tl.bfloat16:
+        return b.to(tl.float32)
+    else:
+        return b
+
+
+@triton.jit
+def cast(b, dtype: tl.constexpr):
+    """Rounds to nearest even to `dtype`; stays fp32 for bfloat16 under the interpreter."""
+    if INTERPRET and dtype == tl.bfloat16:
+        return widen(b).to(tl.float32)
+    else:
+        return b.to(dtype)
+
+
+@triton.jit
+def load_tile(p, i_row, i_col, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The tile [ROWS, COLS] at (i_row, i_col) of a matrix [n_rows, n_cols], zero outside."""
+    o_row = tl.arange(0, ROWS)
+    o_col = tl.arange(0, COLS)
+    mask = (i_row + o_row < n_rows)[:, None] & (i_col + o_col < n_cols)[None, :]
+    p_tile = p + tl.cast(i_row, tl.int64) * n_cols + i_col
+    return widen(tl.load(p_tile + o_row[:, None] * n_cols + o_col[None, :], mask=mask, other=0.0))
+
+
+@triton.jit
+def store_tile(p, b, i_row, i_col, n_rows, n_cols):
+    """Writes a tile to (i_row, i_col) of a matrix [n_rows, n_cols], rounded to its dtype."""
+    o_row = tl.arange(0, b.shape[0])
+    o_col = tl.arange(0, b.shape[1])
+    mask = (i_row + o_row < n_rows)[:, None] & (i_col + o_col < n_cols)[None, :]
+    p_tile = p + tl.cast(i_row, tl.int64) * n_cols + i_col
+    tl.store(p_tile + o_row[:, None] * n_cols + o_col[None, :], b.to(p.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def drop_tile(b, p_mask, i_row, i_col, n_rows, n_cols):
+    """`b`, a tile at (i_row, i_col), zeroed where the packed mask [n_rows, ⌈n_cols/8⌉] drops; not rescaled.
+
+    `i_col` is a multiple of 8. Without a mask (None) returns `b`.
+    """
+    if p_mask is None:
+        return b
+    else:
+        ROWS: tl.constexpr = b.shape[0]
+        COLS: tl.constexpr = b.shape[1]
+        n_bytes = (n_cols + 7) // 8
+        b_byte = load_tile(p_mask, i_row, i_col // 8, n_rows, n_bytes, ROWS, COLS // 8)
+        b_bit = (b_byte[:, :, None] >> tl.arange(0, 8).to(tl.uint8)[None, None, :]) & 1
+        return tl.where(tl.reshape(b_bit, (ROWS, COLS)) != 0, b, 0.0)
+
+
+@triton.jit
+def bfloat16_terms(b):
+    """Three bfloat16 tiles whose sum is the fp32 tile `b`, largest first."""
+    high = b.to(tl.bfloat16)
+    rest = b - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a·b with fp32-class accuracy.
+
+    Operands of one half dtype go to the tensor cores as they are. An fp32 operand beside a bfloat16 one is
+    taken apart into three bfloat16 terms, which hold its 24 bits. Any other pair is multiplied as fp32:
+    PRECISION is "tf32x3" (three TF32 products) or "ieee".
+    """
+    if a.dtype == b.dtype and a.dtype != tl.float32:
+        return tl.dot(a, b, acc)
+    elif a.dtype == tl.bfloat16 and b.dtype == tl.float32:
+        high, middle, low = bfloat16_terms(b)
+        return tl.dot(a, high, tl.dot(a, middle, tl.dot(a, low, acc)))
+    elif a.dtype == tl.float32 and b.dtype == tl.bfloat16:
+        high, middle, low = bfloat16_terms(a)
+        return tl.dot(high, b, tl.dot(middle, b, tl.dot(low, b, acc)))
+    else:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def grouped_order(i, n_rows, n_cols, GROUP: tl.constexpr):
+    """Program i of a grid of n_rows · n_cols tiles → (row, column), GROUP rows at a time, to stay in L2."""
+    per_group = GROUP * n_cols
+    first = i // per_group * GROUP
+    height = tl.minimum(n_rows - first, GROUP)
+    return first + i % per_group % height, i % per_group // height

@@ -1,0 +1,285 @@
+"""The Triton kernels themselves: bit-exact decode, tile borders, launches, 64-bit offsets, compiled code.
+
+The numbers of every format, dtype and odd shape are tested for all backends in test_ops.py; here are the
+cases that only these kernels can get wrong. Without a GPU they run in Triton's interpreter.
+"""
+
+import itertools
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import device_of, make_weight
+from tolerances import assert_as_exact
+
+from peft_fast import formats, ops, reference
+from peft_fast.formats import QuantizedWeight
+from peft_fast.reference import Needs
+
+if (reason := ops.BACKENDS["triton"].unavailable("nf4", device_of("triton"), torch.float32)) is not None:
+    pytest.skip(f"triton: {reason}", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from peft_fast.triton_kernels import configs, decode, launch, tiles
+from triton.runtime.autotuner import Autotuner
+
+from peft_fast import triton_kernels
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+DEVICE = device_of("triton")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ALL = Needs(True, True, True, True)
+
+
+def on_device(value):
+    if isinstance(value, QuantizedWeight):
+        return QuantizedWeight(*map(on_device, value))
+    return value.to(DEVICE) if torch.is_tensor(value) else value
+
+
+def bits(t: torch.Tensor) -> torch.Tensor:
+    return t.contiguous().view(torch.int32 if t.dtype == torch.float32 else torch.int16).cpu()
+
+
+# ---------------------------------------------------------------------------------------------------- decode
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("blocksize", formats.BLOCK_SIZES)
+def test_decode_is_bit_equal(blocksize, nested):
+    shapes = [(3, blocksize), (2, 37), (5, 2 * blocksize // 64 + 1)]  # whole blocks in a row, and straddling
+    for format, (N, K) in itertools.product(("nf4", "fp4"), shapes):
+        weight = make_weight(format, N, K, blocksize=blocksize, nested=nested)
+        for dtype in DTYPES if blocksize == 64 else (torch.float32,):
+            got = triton_kernels.dequantize(on_device(weight), dtype)
+            assert torch.equal(bits(got), bits(weight.decode(dtype))), (format, N, K, dtype)
+
+
+def test_decode_of_dense_weights_follows_their_strides():
+    stored = torch.randn(70, 90)
+    for dense in (stored, stored.t(), stored[::2, 1::3], stored.half(), stored.bfloat16()):
+        weight = formats.from_dense(dense)
+        got = triton_kernels.dequantize(on_device(weight), torch.float32)
+        assert torch.equal(got.cpu(), dense.float())
+
+
+# On a GPU, float32 operands are split into two TF32 numbers, which hold 22 of their 24 bits.
+@pytest.mark.parametrize("dtype", DTYPES if DEVICE == "cpu" else DTYPES[1:])
+@pytest.mark.parametrize(("N", "K"), [(40, 128), (33, 65)])
+def test_decode_through_an_identity(N, K, dtype):
+    """With X = I the output is Ŵᵀ, with dY = I the gradient of X is Ŵ, bit for bit: both only add zeros."""
+    weight = make_weight("nf4", N, K)
+    no_rank = [on_device(torch.empty(0, K)), on_device(torch.empty(N, 0))]
+    eye_n, eye_k = (on_device(torch.eye(size, dtype=dtype)) for size in (N, K))
+    y, z = triton_kernels.lora_linear(eye_k, on_device(weight), None, *no_rank, None, 1.0, 0.0)
+    assert torch.equal(y.cpu(), weight.decode(dtype).t())
+    x = on_device(torch.zeros(N, K, dtype=dtype))
+    needs = Needs(True, False, False, False)
+    grads = triton_kernels.lora_linear_backward(
+        eye_n, x, on_device(weight), *no_rank, z.new_empty(N, 0), None, 1.0, 0.0, needs
+    )
+    assert torch.equal(grads.x.cpu(), weight.decode(dtype))
+
+
+# --------------------------------------------------------------------------------------------------- numbers
+
+
+def operands(M, N, K, R, dtype, adapter_dtypes, weight, p=0.0):
+    """The arguments of the forward, and grad; lora_A, lora_B and bias in `adapter_dtypes`."""
+    a, b, c = adapter_dtypes
+    x, grad = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
+    lora_A, lora_B = (torch.randn(R, K) / K**0.5).to(a), torch.randn(N, R).to(b)
+    mask = reference.dropout_mask(x, p) if p else None
+    return (x, weight, torch.randn(N).to(c), lora_A, lora_B, mask, 0.7, p), grad
+
+
+def widened(value):
+    return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+
+
+def run(module, arguments, grad, needs=ALL):
+    """{name: result} of one backend's forward and backward."""
+    x, weight, bias, lora_A, lora_B, mask, scaling, p = arguments
+    y, z = module.lora_linear(x, weight, bias, lora_A, lora_B, mask, scaling, p)
+    grads = module.lora_linear_backward(grad, x, weight, lora_A, lora_B, z, mask, scaling, p, needs)
+    return {"y": y, "z": z, **grads._asdict()}
+
+
+def check(arguments, grad):
+    got = run(triton_kernels, [on_device(a) for a in arguments], on_device(grad))
+    plain = run(reference, arguments, grad)
+    truth = run(reference, [widened(a) for a in arguments], widened(grad))
+    for name in truth:
+        assert_as_exact(name, got[name].cpu(), plain[name], truth[name])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize(
+    ("M", "N", "K", "R"),
+    [
+        (70, 40, 128, 5),  # several row blocks
+        (2, 70, 320, 3),  # K split into partial sums
+        (9, 160, 70, 20),  # chunks of several column blocks, blocks that straddle rows
+        (7, 33, 64, 70),  # two rank blocks
+    ],
+)
+def test_tile_borders(M, N, K, R, p):
+    weight = make_weight("nf4", N, K)
+    check(*operands(M, N, K, R, torch.float32, [torch.float32] * 3, weight, p))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtypes"),
+    [
+        (torch.float16, (torch.float16, torch.bfloat16, torch.float32)),
+        (torch.bfloat16, (torch.bfloat16, torch.bfloat16, torch.bfloat16)),
+        (torch.float32, (torch.bfloat16, torch.float16, torch.float16)),
+    ],
+)
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
+def test_mixed_dtypes(dtype, adapter_dtypes, stored):
+    """Every operand has its own dtype, the dense weight too, and it is a transposed view."""
+    weight = formats.from_dense((torch.randn(48, 36) / 7).to(stored).t())
+    check(*operands(10, 36, 48, 6, dtype, adapter_dtypes, weight, p=0.2))
+
+
+def test_large_dropped_values_do_not_leak():
+    """A dropped infinity is not multiplied by zero."""
+    arguments, grad = operands(
+        6, 20, 64, 4, torch.float32, [torch.float32] * 3, make_weight("nf4", 20, 64), 0.5
+    )
+    keep = reference.unpack_mask(arguments[5], 64)
+    arguments[0][:] = torch.where(keep, arguments[0], torch.inf)
+    got = run(triton_kernels, [on_device(a) for a in arguments], on_device(grad))
+    assert got["z"].isfinite().all()
+    assert got["lora_A"].isfinite().all()
+
+
+# -------------------------------------------------------------------------------------------------- launches
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels that were started."""
+    names = []
+
+    def counting(kernel, grid, *args, **meta):
+        function = kernel.fn if isinstance(kernel, Autotuner) else kernel
+        if callable(grid) or 0 not in grid:
+            names.append(function.fn.__name__)
+        launch.launch(kernel, grid, *args, **meta)
+
+    monkeypatch.setattr(sys.modules["peft_fast.triton_kernels.lora_linear"], "launch", counting)
+    return names
+
+
+def test_only_what_is_needed_is_launched_and_computed(launched):
+    arguments, grad = operands(
+        9, 20, 32, 5, torch.float32, [torch.float32] * 3, make_weight("nf4", 20, 32), 0.3
+    )
+    arguments, grad = [on_device(a) for a in arguments], on_device(grad)
+    complete = run(triton_kernels, arguments, grad)
+    assert launched == [
+        "down_kernel", "linear_kernel", "up_backward_kernel", "sum_kernel", "dx_kernel", "da_kernel"
+    ]  # fmt: skip
+    for needs in (Needs(*flags) for flags in itertools.product([False, True], repeat=4)):
+        del launched[:]
+        got = run(triton_kernels, arguments, grad, needs)
+        expected = ["down_kernel", "linear_kernel"]
+        expected += ["up_backward_kernel", "sum_kernel"] if any(needs) else []
+        expected += ["dx_kernel"] if needs.x else []
+        expected += ["da_kernel"] if needs.lora_A else []
+        assert launched == expected, needs
+        for name, needed in needs._asdict().items():
+            assert (got[name] is not None) == needed, (name, needs)
+            assert not needed or torch.equal(got[name], complete[name]), (name, needs)
+
+
+def test_rank_zero_launches_the_base_alone(launched):
+    weight = make_weight("nf4", 40, 64)
+    arguments, grad = operands(5, 40, 64, 0, torch.float32, [torch.float32] * 3, weight)
+    run(triton_kernels, [on_device(a) for a in arguments], on_device(grad), Needs(True, True, True, False))
+    assert [name for name in launched if name in ("linear_kernel", "dx_kernel")] == [
+        "linear_kernel",
+        "dx_kernel",
+    ]
+    assert "up_backward_kernel" not in launched
+
+
+# ----------------------------------------------------------------------------------------------- 64-bit sizes
+
+
+@triton.jit
+def _copy_tile(p_in, p_out, i_row, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The last rows of a matrix, read, written back plus one, and copied out."""
+    b = tiles.load_tile(p_in, i_row, 0, n_rows, n_cols, ROWS, COLS)
+    tiles.store_tile(p_out, b, 0, 0, ROWS, COLS)
+    tiles.store_tile(p_in, b + 1, i_row, 0, n_rows, n_cols)
+
+
+@triton.jit
+def _decode_row(
+    weight, absmax, code, p_out, i_n, N, K, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):  # fmt: skip
+    b = decode.decode_tile(
+        weight, absmax, code, None, None, None, i_n, 0, N, K, 0, 0, 4096, 0, ALIGNED, ROWS, COLS
+    )  # fmt: skip
+    tiles.store_tile(p_out, b, 0, 0, ROWS, COLS)
+
+
+def sparse_bytes(numel: int) -> torch.Tensor:
+    """Zeros on the device; on the CPU, memory that is not resident until it is touched."""
+    if DEVICE == "cpu":
+        return torch.frombuffer(mmap.mmap(-1, numel), dtype=torch.uint8)
+    return torch.zeros(numel, dtype=torch.uint8, device=DEVICE)
+
+
+def test_tiles_past_2_to_the_31():
+    n_cols, row = 2**20, 2**11  # element (row, 0) has index 2³¹
+    matrix = sparse_bytes((row + 1) * n_cols).view(row + 1, n_cols)
+    matrix[row - 1, :3], matrix[row, :3] = 5, 9
+    out = torch.zeros(4, 16, dtype=torch.uint8, device=DEVICE)
+    _copy_tile[(1,)](matrix, out, row - 1, row + 1, n_cols, ROWS=4, COLS=16)
+    assert out[:, :4].tolist() == [[5, 5, 5, 0], [9, 9, 9, 0], [0] * 4, [0] * 4]
+    assert matrix[row - 1, :4].tolist() == [6, 6, 6, 1]
+    assert matrix[row, :4].tolist() == [10, 10, 10, 1]
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_decode_past_2_to_the_32_elements(aligned):
+    K = 2**20 if aligned else 2**20 - 2
+    N = 2**12 + 2
+    flat = (N - 1) * K  # the last row begins past byte 2³¹
+    packed, absmax = sparse_bytes((N * K + 1) // 2), torch.zeros(-(-N * K // 4096), device=DEVICE)
+    packed[flat // 2 : flat // 2 + 2] = torch.tensor([0x1F, 0xE2], dtype=torch.uint8, device=DEVICE)
+    absmax[flat // 4096 : flat // 4096 + 2] = 2.0  # without alignment, a block ends inside these elements
+    code = formats.code_table("nf4", DEVICE)
+    out = torch.zeros(2, 32, device=DEVICE)
+    _decode_row[(1,)](packed, absmax, code, out, N - 1, N, K, ALIGNED=aligned, ROWS=2, COLS=32)
+    assert out[0, :4].tolist() == [2 * formats.NF4_CODE[i] for i in (0x1, 0xF, 0xE, 0x2)]
+
+
+# --------------------------------------------------------------------------------------------------- compiler
+
+
+def test_every_reduction_split_covers_its_work():
+    for column_blocks, ranks, row_blocks in itertools.product((0, 1, 2, 5, 112), (1, 4), (0, 1, 3, 128)):
+        chunks, columns, parts = configs.chunks(column_blocks, ranks, row_blocks)
+        assert (chunks - 1) * columns < max(column_blocks, 1) <= max(chunks * columns, 1)
+        assert parts <= max(row_blocks, 1)
+
+
+@pytest.mark.parametrize("words", [("dx_kernel", "sm_90", "bf16/fp32/nf4"), ("up_backward_kernel", "sm_80")])
+def test_compiled_code_keeps_its_invariants(words):
+    """A part of `python bench/aot.py --check`: no spills, tensor cores, shared memory, no fp64, the table."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).parents[1] / "bench" / "aot.py"
+    command = [sys.executable, str(script), "--check", "--only", *words]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
