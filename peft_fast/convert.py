@@ -1,0 +1,256 @@
+"""In-place swap of PEFT's LoRA layers for fused ones: `accelerate(model)`, undone by `restore(model)`.
+
+A layer keeps its modules, parameters, hooks and state-dict keys; only its `__class__` becomes a subclass of
+PEFT's own (see `peft_layers`). `explain(module)` tells what runs, with which backend, and why.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from . import ops
+from .errors import BackendUnavailable, UnsupportedLayer, UnsupportedWeight
+from .formats import QuantizedWeight, from_linear
+from .modules import LoRALinear, check_base, is_linear4bit, protect_from_repacking, warn_slow_compute_dtype
+from .peft_layers import FUSED, STOCK, base_reason, choose
+from .weight_reads import reads_weight
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+METHODS = ("lora",)
+
+# bitsandbytes' switch for repacking a Linear4bit in place, and where its former value is kept for `restore`.
+_REPACKS = "support_avx512bf16_for_cpu"
+_REPACKED_BEFORE = "_peft_fast_repacked_before"
+
+
+class Row(NamedTuple):
+    """One LoRA layer: the backend that runs it, or the reason why it is left to PEFT."""
+
+    name: str
+    backend: str | None
+    reason: str | None
+
+    @property
+    def status(self) -> str:
+        return "fused" if self.reason is None else "left"
+
+    @property
+    def detail(self) -> str:
+        return self.backend or self.reason or ""
+
+
+class Report:
+    """What `accelerate` did: one `Row` for each LoRA layer. Prints as a table, in colour with rich."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+
+    @property
+    def fused(self) -> list[Row]:
+        return [row for row in self.rows if row.reason is None]
+
+    @property
+    def left(self) -> list[Row]:
+        return [row for row in self.rows if row.reason is not None]
+
+    @property
+    def title(self) -> str:
+        return f"{len(self.fused)} layers fused, {len(self.left)} left to PEFT"
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __str__(self) -> str:
+        width = max((len(row.name) for row in self.rows), default=0)
+        rows = (f"  {row.name:<{width}}  {row.status:<5}  {row.detail}" for row in self.rows)
+        return "\n".join((self.title, *rows))
+
+    def __repr__(self) -> str:
+        return f"<Report: {self.title}>"
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        table = Table("layer", "status", "backend or reason", title=self.title)
+        for row in self.rows:
+            table.add_row(row.name, row.status, row.detail, style=None if row.reason is None else "yellow")
+        return table
+
+
+def accelerate(
+    model: nn.Module, *, methods: tuple[str, ...] = METHODS, strict: bool = False, backend: str = "auto"
+) -> Report:
+    """Swaps each LoRA layer of PEFT in `model` for a fused one, in place; a second call finds them swapped.
+
+    Adapters added, switched, merged or deleted later need no further call. Warns when nothing was swapped.
+    bitsandbytes is kept from repacking 4-bit weights of `model` in place at an eval forward on the CPU, which
+    would lose gradients and change what is saved.
+
+    Args:
+        model: a `PeftModel`, or any module that contains PEFT's layers.
+        methods: which methods to swap, of `METHODS`.
+        strict: raise unless there is a LoRA layer and every one can be swapped.
+        backend: "auto" or a name of `ops.BACKENDS`, for every layer.
+
+    Returns:
+        The report: each LoRA layer with the backend that runs it, or the reason why it was left.
+
+    Raises:
+        UnsupportedLayer: with `strict`; the message holds every reason, and nothing was changed.
+        BackendUnavailable: the named backend cannot run a layer; nothing was changed.
+        ValueError: `methods` or `backend` is not known.
+    """
+    if isinstance(methods, str) or not methods or not set(methods) <= set(METHODS):
+        raise ValueError(f"methods: expected a tuple of {METHODS}, got {methods!r}")
+    if backend != "auto" and backend not in ops.BACKENDS:
+        raise ValueError(f"backend: expected 'auto' or one of {list(ops.BACKENDS)}, got {backend!r}")
+    modules = dict(model.named_modules())
+    rows = []
+    for name, module in modules.items():
+        if isinstance(module, LoraLayer):
+            reason = _swap_reason(module) or _reader_reason(name, modules)
+            resolved = _resolve(module.base_layer, backend) if reason is None else None
+            rows.append(Row(name, resolved, reason))
+    report = Report(rows)
+    if strict and (report.left or not report.fused):
+        raise UnsupportedLayer(f"model: expected only LoRA layers that can be fused, got {report}")
+    if not report.fused:
+        warnings.warn(f"accelerate: {report}", stacklevel=2)
+    for row in report.fused:
+        layer: Any = modules[row.name]
+        if is_linear4bit(layer.base_layer):
+            warn_slow_compute_dtype(layer.base_layer, layer.base_layer.weight.quant_state.dtype)
+        layer.__class__ = FUSED.get(type(layer), type(layer))
+        layer.backend = backend
+    if report.fused:
+        _protect_from_repacking(modules.values())
+    return report
+
+
+def restore(model: nn.Module) -> int:
+    """Undoes `accelerate`: every layer gets PEFT's class back. Returns how many layers were fused."""
+    count = 0
+    for module in model.modules():
+        if type(module) in STOCK:
+            module.__class__ = STOCK[type(module)]
+            del module.backend
+            count += 1
+        if module.__dict__.pop(_REPACKED_BEFORE, False):
+            setattr(module, _REPACKS, True)
+    return count
+
+
+def _protect_from_repacking(modules: Iterable[nn.Module]) -> None:
+    """For every `Linear4bit`, adapted or not: one that is repacked gives the layers before it no gradient."""
+    for module in modules:
+        if is_linear4bit(module) and getattr(module, _REPACKS, False):
+            setattr(module, _REPACKED_BEFORE, True)
+            protect_from_repacking(module)
+
+
+def _swap_reason(layer: Any) -> str | None:
+    """Why `layer` cannot be swapped, whichever adapter is active; None when it can."""
+    if type(layer) not in FUSED and type(layer) not in STOCK:
+        return f"{type(layer).__module__}.{type(layer).__name__} has no fused counterpart"
+    if "forward" in layer.__dict__:
+        return "the layer has a forward of its own, as device_map offloading sets"
+    if (reason := base_reason(layer.base_layer)) is not None:
+        return reason
+    try:
+        check_base(layer.base_layer)
+    except (UnsupportedLayer, UnsupportedWeight) as error:
+        return str(error)
+    return None
+
+
+def _reader_reason(name: str, modules: dict[str, nn.Module]) -> str | None:
+    """Whether a module above uses the layer's `.weight` itself, so that an adapter on it does nothing."""
+    parts = name.split(".")
+    for depth in range(len(parts)):
+        above = type(modules[".".join(parts[:depth])])
+        if reads_weight(above, ".".join(parts[depth:])):
+            return f"{above.__name__} uses its .weight without calling it, so an adapter on it has no effect"
+    return None
+
+
+# --------------------------------------------------------------------------------------------------- explain
+
+
+def explain(module: nn.Module) -> str:
+    """What the next forward of `module` runs: op, weight format, backend, adapter; or PEFT's own, and why.
+
+    For a fused layer, a LoRA layer of PEFT or a `LoRALinear`; for a model, the same for each of them.
+    """
+    if isinstance(module, LoRALinear | LoraLayer):
+        return _explain_layer(module)
+    modules = dict(module.named_modules())
+    layers = {name: m for name, m in modules.items() if isinstance(m, LoRALinear | LoraLayer)}
+    if not layers:
+        return f"{type(module).__name__}: its own forward runs; neither it nor a module in it is a LoRA layer"
+    return "\n".join(
+        f"{name}: {_explain_layer(m, _reader_reason(name, modules))}" for name, m in layers.items()
+    )
+
+
+def _explain_layer(layer: Any, reader_reason: str | None = None) -> str:
+    kind = type(layer).__name__
+    reason: str | None
+    if isinstance(layer, LoRALinear):
+        applied = f"r={layer.r}, scaling={layer.scaling:g}"
+    elif type(layer) not in STOCK:
+        reason = _swap_reason(layer) or reader_reason or "not swapped, accelerate(model) would fuse it"
+        return f"{kind}: PEFT's own forward: {reason}"
+    else:
+        adapter, reason = choose(layer)
+        if reason is not None:
+            return f"{kind}: PEFT's own forward: {reason}"
+        applied = "no adapter, the base alone"
+        if adapter is not None:
+            applied = f"adapter {adapter!r}, r={layer.r[adapter]}, scaling={float(layer.scaling[adapter]):g}"
+    try:
+        weight = from_linear(layer.base_layer)
+    except UnsupportedWeight as error:
+        return f"{kind}: the next forward raises UnsupportedWeight: {error}"
+    return "\n    ".join((f"{kind}: {applied}", _explain_op(layer, weight)))
+
+
+def _explain_op(layer: Any, weight: QuantizedWeight) -> str:
+    nested = ", nested absmax" if weight.nested else ""
+    dtype, device = _compute_dtype(layer.base_layer), weight.weight.device.type
+    case = f"{weight.format} [{weight.out_features}, {weight.in_features}]{nested}, {dtype} on {device}"
+    try:
+        backend = ops.resolve(weight.format, device, dtype, layer.backend)
+    except BackendUnavailable as error:
+        return f"lora_linear over {case}: the next forward raises BackendUnavailable: {error}"
+    ran = ops.calls["lora_linear", backend]
+    lines = [
+        f"lora_linear over {case}",
+        f"backend {backend} (asked for: {layer.backend}), run {ran} times in this process",
+    ]
+    for name, reason in ops.availability(weight.format, device, dtype).items():
+        if reason is not None:
+            lines.append(f"backend {name} is unavailable: {reason}")
+    return "\n    ".join(lines)
+
+
+def _resolve(base: Any, backend: str) -> str:
+    weight = from_linear(base)
+    return ops.resolve(weight.format, weight.weight.device.type, _compute_dtype(base), backend)
+
+
+def _compute_dtype(base: Any) -> torch.dtype:
+    """The dtype that `base` computes in: autocast's, else what bitsandbytes was told, else the weight's."""
+    device = base.weight.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    if is_linear4bit(base):
+        return base.compute_dtype or base.weight.quant_state.dtype
+    return base.weight.dtype

@@ -1,0 +1,780 @@
+"""accelerate and restore: an accelerated model does what PEFT's does, for dense and NF4 bases alike."""
+
+import copy
+import io
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import bnb as peft_bnb
+from peft.tuners.lora import layer as peft_lora
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from peft_models import (
+    HIDDEN,
+    KINDS,
+    WIDTH,
+    Net,
+    accelerated,
+    assert_same_model,
+    fused_calls,
+    lora_config,
+    lora_layers,
+    run,
+    stock_net,
+    tiny_bert,
+    to_kind,
+    unpacked,
+)
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from peft_fast import BackendUnavailable, LoRALinear, UnsupportedLayer, accelerate, explain, restore
+from peft_fast.weight_reads import ANY, reads_weight, weight_reads
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+STOCK_CLASS = {"dense": peft_lora.Linear, "nf4": peft_bnb.Linear4bit}
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Merge lora module to 4-bit", "ignore:Unmerge lora module to 4-bit", "ignore:Already unmerged"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """The models are tiny: a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+def repacking(model):
+    """Lets bitsandbytes repack, as it does by default on a CPU with AVX512_BF16."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = True
+    return model
+
+
+def inputs(*shape, dtype=torch.float32):
+    return torch.randn(*(shape or (3, 5)), WIDTH).to(dtype)
+
+
+# ------------------------------------------------------------------------------------------------ the forward
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_peft_in_every_dtype(kind, dtype, adapter_dtype):
+    stock = stock_net(kind, dtype, adapter_dtype=adapter_dtype, lora_dropout=0.3)
+    assert_same_model(stock, accelerated(stock), inputs(dtype=dtype), calls=2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora_dropout": 0.5},
+        {"use_rslora": True},
+        {"lora_bias": True, "lora_dropout": 0.1},
+        {"bias": "all"},
+        {"bias": "lora_only", "lora_bias": True},
+        {"r": 7, "lora_alpha": 3},
+        {"init_lora_weights": True},
+        {"rank_pattern": {"up": 9}, "alpha_pattern": {"down": 1}},
+    ],
+    ids=str,
+)
+def test_equals_peft_with_every_option(kind, options):
+    stock = stock_net(kind, **options)
+    fast = accelerated(stock)
+    assert_same_model(stock, fast, inputs(), calls=2)
+    assert_same_model(stock.eval(), fast.eval(), inputs(), calls=2)
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 1), (0,), (2, 3, 4)])
+def test_equals_peft_for_every_batch_shape(kind, shape):
+    stock = stock_net(kind)
+    assert_same_model(stock, accelerated(stock), inputs(*shape), calls=2)
+
+
+def test_equals_peft_under_no_grad(kind):
+    stock = stock_net(kind).eval()
+    fast, x = accelerated(stock), inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), stock(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_peft_under_autocast(kind, dtype):
+    stock = stock_net(kind, dtype, lora_dropout=0.2)
+    assert_same_model(stock, accelerated(stock), inputs(dtype=dtype), calls=2, autocast=True)
+
+
+def test_dropout_follows_its_own_training_flag(kind):
+    stock = stock_net(kind, lora_dropout=0.5)
+    for layer in lora_layers(stock):
+        layer.lora_dropout["default"].eval()
+    fast = accelerated(stock)
+    assert_same_model(stock, fast, inputs(), calls=2)
+    x = inputs()
+    assert torch.equal(run(fast, x, seed=1)["y"], run(fast, x, seed=2)["y"])
+
+
+def test_frozen_input(kind):
+    stock = stock_net(kind, lora_dropout=0.1)
+    assert_same_model(stock, accelerated(stock), inputs(), calls=2, frozen_input=True)
+
+
+# ------------------------------------------------------------------------------------------ states of a layer
+
+
+def two_adapters(kind, **second):
+    stock = stock_net(kind, lora_dropout=0.1)
+    stock.add_adapter("other", lora_config(**{"r": 3, "lora_alpha": 5, **second}))
+    return stock
+
+
+def base_calls(kind):
+    """How often the fused op runs where both layers are their base alone: PEFT calls a dense base itself."""
+    return {"dense": 0, "nf4": 2}[kind]
+
+
+def test_disable_adapter(kind):
+    stock = stock_net(kind)
+    fast = accelerated(stock)
+    with stock.disable_adapter(), fast.disable_adapter():
+        assert_same_model(stock, fast, inputs(), calls=base_calls(kind))
+    assert_same_model(stock, fast, inputs(), calls=2)
+
+
+def test_switching_adapters(kind):
+    stock = two_adapters(kind)
+    fast = accelerated(stock)
+    for name in ("other", "default"):
+        stock.set_adapter(name)
+        fast.set_adapter(name)
+        assert f"adapter {name!r}" in explain(lora_layers(fast)[0])
+        assert_same_model(stock, fast, inputs(), calls=2)
+
+
+def test_several_active_adapters(kind):
+    stock = two_adapters(kind)
+    fast = accelerated(stock)
+    for model in (stock, fast):
+        model.base_model.set_adapter(["default", "other"])
+    assert_same_model(stock, fast, inputs(), calls=0)
+    assert "several active adapters: ['default', 'other']" in explain(lora_layers(fast)[0])
+
+
+def test_active_adapter_that_a_layer_lacks(kind):
+    stock = stock_net(kind)
+    stock.add_adapter("other", lora_config(targets=["up"]))
+    stock.set_adapter("other")
+    fast = accelerated(stock)
+    assert_same_model(stock, fast, inputs(), calls=1 + base_calls(kind) // 2)
+
+
+def test_merged_and_unmerged(kind):
+    stock = stock_net(kind, lora_bias=kind == "dense")
+    fast = accelerated(stock)
+    for model in (stock, fast):
+        model.merge_adapter()
+    assert_same_model(stock, fast, inputs(), calls=base_calls(kind))
+    for model in (stock, fast):
+        model.unmerge_adapter()
+    assert_same_model(stock, fast, inputs(), calls=2)
+
+
+def test_disabling_a_merged_adapter_unmerges_it(kind):
+    stock = stock_net(kind)
+    fast = accelerated(stock)
+    for model in (stock, fast):
+        model.merge_adapter()
+    with stock.disable_adapter(), fast.disable_adapter():
+        x = inputs()
+        torch.testing.assert_close(fast(x), stock(x))
+    assert not any(layer.merged for layer in lora_layers(fast))
+    assert_same_model(stock, fast, inputs(), calls=2)
+
+
+def test_mixed_batch(kind):
+    stock = two_adapters(kind).eval()
+    fast = accelerated(stock)
+    names, x, before = ["default", "__base__", "other"], inputs(3, 5), fused_calls()
+    with torch.no_grad():
+        assert torch.equal(fast(x, adapter_names=names), stock(x, adapter_names=names))
+    assert fused_calls() == before
+    with pytest.raises(ValueError, match="same as the number of inputs"):
+        lora_layers(fast)[0](inputs(2), adapter_names=names)
+
+
+def test_adapter_added_after_the_swap(kind):
+    stock = stock_net(kind)
+    fast = accelerated(stock)
+    torch.manual_seed(5)
+    stock.add_adapter("later", lora_config(r=5, lora_dropout=0.2))
+    torch.manual_seed(5)
+    fast.add_adapter("later", lora_config(r=5, lora_dropout=0.2))
+    stock.set_adapter("later")
+    fast.set_adapter("later")
+    assert_same_model(stock, fast, inputs(), calls=2)
+
+
+def test_deleting_the_active_adapter(kind):
+    stock = two_adapters(kind)
+    fast = accelerated(stock)
+    for model in (stock, fast):
+        model.delete_adapter("default")
+        model.set_adapter("other")
+    assert_same_model(stock, fast, inputs(), calls=2)
+
+
+def test_no_active_adapter(kind):
+    stock = stock_net(kind)
+    fast = accelerated(stock)
+    for model in (stock, fast):
+        model.base_model.set_adapter([])
+    assert_same_model(stock, fast, inputs(), calls=base_calls(kind))
+
+
+def test_changed_scaling(kind):
+    stock = stock_net(kind)
+    fast = accelerated(stock)
+    for model in (stock, fast):
+        for layer in lora_layers(model):
+            layer.scale_layer(0.25)
+    assert_same_model(stock, fast, inputs(), calls=2)
+
+
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_hotswap_with_a_tensor_scaling(kind, lora_bias, tmp_path):
+    new = stock_net(kind, r=2, lora_alpha=9, lora_bias=lora_bias)
+    new.save_pretrained(tmp_path)
+    stock = stock_net(kind, lora_bias=lora_bias)
+    fast = accelerated(stock)
+    for model in (stock, fast):
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
+        hotswap_adapter(model, str(tmp_path), adapter_name="default", torch_device="cpu")
+    assert torch.is_tensor(lora_layers(fast)[0].scaling["default"])
+    assert_same_model(stock, fast, inputs(), calls=2)
+    assert "scaling=4.5" in explain(lora_layers(fast)[0])
+
+
+def test_casting_of_the_input_can_be_disabled(kind):
+    stock = stock_net(kind)
+    for layer in lora_layers(stock):
+        layer.cast_input_dtype_enabled = False
+    assert_same_model(stock, accelerated(stock), inputs(), calls=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "variant"),
+    [({"use_dora": True}, "DoraLinearVariant"), ({"alora_invocation_tokens": [1]}, "ALoraLinearVariant")],
+)
+def test_variants_run_in_pefts_forward(kind, options, variant):
+    stock = stock_net(kind, **options)
+    fast = accelerated(stock)
+    assert variant in explain(lora_layers(fast)[0])
+    before, x = fused_calls(), inputs()
+    torch.testing.assert_close(fast(x), stock(x))
+    assert fused_calls() == before
+
+
+# ------------------------------------------------------------- what is attached to the call of a submodule
+
+
+def submodule(layer, name):
+    return layer.base_layer if name == "base_layer" else getattr(layer, name)["default"]
+
+
+@pytest.mark.parametrize("name", ["base_layer", "lora_A", "lora_B", "lora_dropout"])
+@pytest.mark.parametrize(
+    "register",
+    ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"],
+)
+def test_hooks_on_submodules_are_called(kind, name, register):
+    stock = stock_net(kind, lora_dropout=0.1)
+    fast, seen = accelerated(stock), []
+    layer = lora_layers(fast)[0]
+    handle = getattr(submodule(layer, name), register)(lambda *_: seen.append(1))
+    assert f"{name} has hooks" in explain(layer)
+    assert_same_model(stock, fast, inputs(), calls=1)
+    assert seen
+    handle.remove()
+    assert_same_model(stock, fast, inputs(), calls=2)
+
+
+def test_global_hooks_are_called(kind):
+    fast, seen = accelerated(stock_net(kind)), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        fast(inputs())
+    finally:
+        handle.remove()
+    assert set(seen) >= {
+        submodule(layer, part) for layer in lora_layers(fast) for part in ("base_layer", "lora_A")
+    }
+
+
+def test_hooks_on_the_layer_stay(kind):
+    fast = accelerated(stock_net(kind))
+    layer, seen = lora_layers(fast)[0], []
+    layer.register_forward_hook(lambda *_: seen.append(1))
+    before = fused_calls()
+    fast(inputs())
+    assert seen == [1]
+    assert fused_calls() == before + 2
+
+
+def test_a_forward_set_on_a_submodule_is_called(kind):
+    fast = accelerated(stock_net(kind))
+    layer, seen = lora_layers(fast)[0], []
+    base = layer.base_layer
+    call = base.forward
+    base.forward = lambda x: seen.append(1) or call(x)
+    assert "base_layer has a forward of its own" in explain(layer)
+    fast(inputs())
+    assert seen == [1]
+
+
+def test_parametrized_adapter(kind):
+    stock = stock_net(kind)
+    fast = accelerated(stock)
+    for model in (stock, fast):
+        for layer in lora_layers(model):
+            nn.utils.parametrize.register_parametrization(layer.lora_A["default"], "weight", nn.Tanh())
+    assert "ParametrizedLinear" in explain(lora_layers(fast)[0])
+    x = inputs()
+    torch.testing.assert_close(fast(x), stock(x))
+
+
+def test_replaced_dropout(kind):
+    stock = stock_net(kind)
+    fast = accelerated(stock)
+    for model in (stock, fast):
+        for layer in lora_layers(model):
+            layer.lora_dropout["default"] = nn.Tanh()
+    assert_same_model(stock, fast, inputs(), calls=0)
+
+
+def test_a_base_weight_unfrozen_later_is_trained():
+    stock = stock_net("dense")
+    fast = accelerated(stock)
+    for model in (stock, fast):
+        model.base_model.model.up.base_layer.weight.requires_grad_()
+    assert "the weight of base_layer is trained" in explain(lora_layers(fast)[0])
+    x = inputs()
+    got, expected = run(fast, x), run(stock, x)
+    name = "base_model.model.up.base_layer.weight"
+    torch.testing.assert_close(got[name], expected[name])
+
+
+# ----------------------------------------------------------------------------------------- saving and copying
+
+
+def test_state_dict_is_pefts(kind):
+    stock = stock_net(kind)
+    fast = accelerated(stock)
+    assert list(stock.state_dict()) == list(fast.state_dict())
+    for name, value in stock.state_dict().items():
+        assert torch.equal(value, fast.state_dict()[name]), name
+    other = stock_net(kind)
+    if kind == "dense":
+        stock.load_state_dict(accelerated(other).state_dict(), strict=True)
+        fast.load_state_dict(other.state_dict(), strict=True)
+        assert_same_model(stock, fast, inputs(), calls=2)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_are_equal_and_independent(kind, how):
+    fast = accelerated(stock_net(kind)).eval()
+    if how == "deepcopy":
+        twin = copy.deepcopy(fast)
+    else:
+        file = io.BytesIO()
+        torch.save(fast, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    x, before = inputs(), fused_calls()
+    expected = fast(x)
+    assert torch.equal(twin(x), expected)
+    assert fused_calls() == before + 4
+    lora_layers(twin)[0].lora_B["default"].weight.data += 1
+    assert torch.equal(fast(x), expected)
+
+
+def test_saved_adapter_loads_in_stock_peft(kind, tmp_path):
+    base = unpacked(to_kind(tiny_bert(), kind))
+    model = get_peft_model(copy.deepcopy(base), lora_config(["query", "value", "dense"], lora_dropout=0.1))
+    accelerate(model, strict=True)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    tokens = torch.arange(12).view(2, 6)
+    expected = model.eval()(tokens).last_hidden_state
+    torch.testing.assert_close(loaded.eval()(tokens).last_hidden_state, expected)
+    assert all(type(layer) is STOCK_CLASS[kind] for layer in lora_layers(loaded))
+
+
+def test_merge_and_unload(kind):
+    stock = stock_net(kind).eval()
+    fast = accelerated(stock)
+    merged, expected = fast.merge_and_unload(), stock.merge_and_unload()
+    assert not lora_layers(merged)
+    assert list(merged.state_dict()) == list(expected.state_dict())
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, merged.state_dict()[name]), name
+    x = inputs()
+    assert torch.equal(merged(x), expected(x))
+
+
+def test_eval_train_save_leaves_4bit_weights_alone():
+    """Stock bitsandbytes repacks in place at the eval forward (where the CPU has AVX512_BF16)."""
+    fast = accelerated(repacking(stock_net("nf4", targets=["up"])))
+    before = {name: value.clone() for name, value in fast.state_dict().items()}
+    with torch.no_grad():
+        fast.eval()(inputs())
+        with fast.disable_adapter():
+            fast(inputs())
+    result = run(fast.train(), inputs())
+    assert len(result) == 4
+    assert all(value is not None and value.isfinite().all() for value in result.values())
+    after = fast.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_merged_4bit_weights_are_not_repacked_either():
+    fast = accelerated(repacking(stock_net("nf4")))
+    fast.merge_adapter()
+    with torch.no_grad():
+        fast.eval()(inputs())
+    fast.unmerge_adapter()
+    assert_same_model(unpacked(copy.deepcopy(fast)), fast, inputs(), calls=2)
+
+
+def test_a_repacked_weight_is_left_with_the_reason():
+    stock = stock_net("nf4").eval()
+    layer = lora_layers(stock)[0]
+    repacking(layer)
+    with torch.no_grad():
+        stock(inputs())
+    if not getattr(layer.base_layer.weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("this CPU has no AVX512_BF16, where bitsandbytes repacks")
+    report = accelerate(stock)
+    assert [row.status for row in report] == ["left", "fused"]
+    assert "repacked in place" in report.left[0].reason
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(kind, reentrant):
+    fast, x = accelerated(stock_net(kind, lora_dropout=0.3)), inputs()
+    grads = []
+    for checkpointed in (False, True):
+        leaf = x.detach().requires_grad_()
+        fast.zero_grad()
+        torch.manual_seed(1)
+        y = checkpoint(fast, leaf, use_reentrant=reentrant) if checkpointed else fast(leaf)
+        y.square().sum().backward()
+        grads.append([y.detach(), leaf.grad, *(p.grad for p in fast.parameters() if p.requires_grad)])
+    assert len(grads[0]) == 6
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "compiler"), [("dense", "aot_eager"), ("nf4", "aot_eager"), ("nf4", "inductor")]
+)
+def test_compiles_into_one_graph(kind, compiler):
+    torch._dynamo.reset()
+    fast, x = accelerated(stock_net(kind, lora_bias=True)), inputs()
+    expected = run(fast, x)
+    compiled = torch.compile(fast, backend=compiler, fullgraph=True)
+    before = fused_calls()
+    got = run(compiled, x)
+    torch._dynamo.reset()
+    assert fused_calls() == before + 2
+    for (name, value), other in zip(expected.items(), got.values(), strict=True):
+        torch.testing.assert_close(other, value, msg=name, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------- accelerate and restore
+
+
+def test_restore_undoes_everything(kind):
+    model = repacking(stock_net(kind))
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    classes = [type(module) for module in model.modules()]
+    accelerate(model)
+    accelerate(model)
+    assert restore(model) == 2
+    assert [type(module) for module in model.modules()] == classes
+    for name, module in model.named_modules():
+        assert module.__dict__ == before[name], name
+    assert restore(model) == 0
+
+
+def test_restore_after_unloading():
+    model = stock_net("nf4")
+    repacking(model.base_model.model.up)
+    accelerate(model)
+    plain = model.unload()
+    restore(plain)
+    assert plain.up.support_avx512bf16_for_cpu is True
+    assert plain.down.support_avx512bf16_for_cpu is False
+
+
+def test_twice_is_once(kind):
+    fast = accelerated(stock_net(kind))
+    classes = [type(layer) for layer in lora_layers(fast)]
+    report = accelerate(fast, strict=True)
+    assert len(report.fused) == 2
+    assert [type(layer) for layer in lora_layers(fast)] == classes
+    assert isinstance(lora_layers(fast)[0], STOCK_CLASS[kind])
+
+
+def test_report_lists_every_layer():
+    model = get_peft_model(
+        nn.Sequential(nn.Embedding(10, WIDTH), nn.Linear(WIDTH, WIDTH)), LoraConfig(target_modules=["0", "1"])
+    )
+    report = accelerate(model, backend="reference")
+    assert [(row.name, row.status) for row in report] == [
+        ("base_model.model.0", "left"),
+        ("base_model.model.1", "fused"),
+    ]
+    assert report.fused[0].backend == "reference"
+    assert str(report).splitlines() == [
+        "1 layers fused, 1 left to PEFT",
+        "  base_model.model.0  left   peft.tuners.lora.layer.Embedding has no fused counterpart",
+        "  base_model.model.1  fused  reference",
+    ]
+    rich_console = pytest.importorskip("rich.console")
+    console = rich_console.Console(width=200, file=io.StringIO())
+    console.print(report)
+    for text in ("1 layers fused", "base_model.model.0", "reference", "has no fused counterpart"):
+        assert text in console.file.getvalue()
+
+
+class Subclass(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (nn.Embedding(10, 8), "lora.layer.Embedding has no fused counterpart"),
+        (nn.Conv2d(3, 8, 3), "lora.layer.Conv2d has no fused counterpart"),
+        (nn.Conv1d(3, 8, 3), "lora.layer.Conv1d has no fused counterpart"),
+        (nn.MultiheadAttention(8, 2), "lora.layer.MultiheadAttention has no fused counterpart"),
+        (Conv1D(8, 8), "base_layer is a Conv1D"),
+        (Subclass(8, 8), "base_layer is a Subclass"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "base_layer is a ParametrizedLinear"),
+        (nn.Linear(8, 8).to(torch.float8_e4m3fn), "float8_e4m3fn"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+@pytest.mark.filterwarnings("ignore:accelerate", "ignore:fan_in_fan_out")
+def test_other_layers_are_left_with_the_reason(module, reason):
+    model = get_peft_model(nn.ModuleDict({"m": module}), LoraConfig(target_modules=["m"]))
+    classes = [type(m) for m in model.modules()]
+    report = accelerate(model)
+    assert not report.fused
+    assert reason in report.left[0].reason
+    assert reason in explain(model)
+    with pytest.raises(UnsupportedLayer, match=r"has no fused counterpart|base_layer is a|float8"):
+        accelerate(model, strict=True)
+    assert [type(m) for m in model.modules()] == classes
+
+
+def test_a_trained_base_is_left():
+    model = stock_net("dense")
+    model.base_model.model.up.base_layer.weight.requires_grad_()
+    report = accelerate(model)
+    assert [row.status for row in report] == ["left", "fused"]
+    assert "the weight of base_layer is trained" in report.left[0].reason
+
+
+def test_a_layer_with_its_own_forward_is_left():
+    model = stock_net("dense")
+    layer = lora_layers(model)[0]
+    layer.forward = layer.forward
+    assert "forward of its own" in accelerate(model).left[0].reason
+
+
+def test_an_unquantized_4bit_layer_is_left():
+    model = stock_net("nf4")
+    lora_layers(model)[0].base_layer.weight.quant_state = None
+    lora_layers(model)[0].base_layer.quant_state = None
+    assert "quant_state: expected a QuantState, got None" in accelerate(model).left[0].reason
+
+
+def test_strict_changes_nothing_when_it_raises():
+    model = repacking(stock_net("nf4"))
+    model.base_model.model.down.forward = model.base_model.model.down.forward
+    with pytest.raises(UnsupportedLayer, match=r"model\.down +left +the layer has a forward of its own"):
+        accelerate(model, strict=True)
+    assert all(type(layer) is peft_bnb.Linear4bit for layer in lora_layers(model))
+    assert model.base_model.model.up.base_layer.support_avx512bf16_for_cpu is True
+
+
+def test_arguments_are_checked():
+    model = stock_net("dense")
+    for methods in ((), ("dora",), "lora", ("lora", "vera")):
+        with pytest.raises(ValueError, match="methods: expected a tuple of"):
+            accelerate(model, methods=methods)
+    with pytest.raises(ValueError, match="backend: expected 'auto' or one of"):
+        accelerate(model, backend="cuda")
+
+
+def test_an_explicit_backend_runs_or_raises(monkeypatch):
+    from peft_fast import ops
+
+    model = stock_net("dense")
+    unavailable = ops.BACKENDS["triton"]._replace(unavailable=lambda *_: "no such machine")
+    monkeypatch.setitem(ops.BACKENDS, "triton", unavailable)
+    with pytest.raises(BackendUnavailable, match="no such machine"):
+        accelerate(model, backend="triton")
+    assert all(type(layer) is peft_lora.Linear for layer in lora_layers(model))
+    accelerate(model, backend="reference")
+    before = ops.calls["lora_linear", "reference"]
+    model(inputs())
+    assert ops.calls["lora_linear", "reference"] == before + 2
+    for layer in lora_layers(model):
+        layer.backend = "triton"
+    assert "the next forward raises BackendUnavailable" in explain(model)
+
+
+def test_float32_compute_under_half_weights_warns():
+    model = stock_net("nf4", torch.bfloat16)
+    for layer in lora_layers(model):
+        layer.base_layer.compute_dtype = torch.float32
+    with pytest.warns(UserWarning, match="bnb_4bit_compute_dtype is float32") as record:
+        accelerate(model)
+    assert record[0].filename == __file__
+
+
+# ------------------------------------------------------------------------- weights read behind a layer's back
+
+
+def test_multihead_attention_reads_the_weight_of_its_projection():
+    assert weight_reads(nn.MultiheadAttention) == {("out_proj",)}
+    model = get_peft_model(
+        nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2)}), LoraConfig(target_modules=["out_proj"])
+    )
+    with pytest.warns(UserWarning, match="0 layers fused"):
+        report = accelerate(model)
+    assert len(report.left) == 1
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.e = (nn.Linear(4, 4) for _ in range(5))
+        self.inner = nn.ModuleDict({"f": nn.Linear(4, 4)})
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    @property
+    def of_d(self):
+        return self.d.weight
+
+    def helper(self, x):
+        return x @ self.b.weight.t()
+
+    def never(self):
+        return self.c.weight
+
+    def forward(self, x):
+        assert self.a.weight.dtype == x.dtype
+        assert isinstance(self.a.weight, torch.Tensor)
+        assert self.a.weight is not None
+        return self.helper(self.a(x)) @ self.of_d + self.inner.f.weight.sum() + self.layers[0].weight.sum()
+
+
+class Child(Reader):
+    def forward(self, x):
+        return super().forward(x) + self.e.weight.norm()
+
+
+class Overridden(Reader):
+    def forward(self, x):
+        return self.a(x)
+
+
+def test_reads_are_found_through_methods_properties_and_super():
+    read = {("b",), ("d",), ("inner", "f"), ("layers", ANY)}
+    assert weight_reads(Reader) == read
+    assert weight_reads(Child) == read | {("e",)}
+    assert weight_reads(Overridden) == frozenset()
+    assert reads_weight(Reader, "layers.1")
+    assert not reads_weight(Reader, "layers")
+    assert not reads_weight(Reader, "a")
+    assert weight_reads(type("NoSource", (nn.Module,), {"forward": eval("lambda self, x: x")})) == frozenset()
+
+
+def test_a_read_layer_is_left_and_its_neighbours_are_fused():
+    model = get_peft_model(nn.ModuleDict({"reader": Reader()}), LoraConfig(target_modules="all-linear"))
+    report = accelerate(model)
+    assert [row.name.rpartition("reader.")[2] for row in report.fused] == ["a", "c", "e"]
+    for row in report.left:
+        assert row.reason == "Reader uses its .weight without calling it, so an adapter on it has no effect"
+
+
+# ---------------------------------------------------------------------------------------------------- explain
+
+
+def test_explain_tells_op_format_backend_and_adapter(kind):
+    fast = accelerated(stock_net(kind), backend="reference")
+    text = explain(lora_layers(fast)[0])
+    stored = {"dense": "dense", "nf4": "nf4"}[kind]
+    assert f"lora_linear over {stored} [{HIDDEN}, {WIDTH}]" in text
+    assert ("nested absmax" in text) == (kind == "nf4")
+    assert "adapter 'default', r=4, scaling=3" in text
+    assert "backend reference (asked for: reference)" in text
+    assert explain(fast).count("lora_linear over") == 2
+
+
+def test_explain_tells_why_pefts_forward_runs(kind):
+    model = stock_net(kind)
+    layer = lora_layers(model)[0]
+    assert "accelerate(model) would fuse it" in explain(layer)
+    accelerate(model)
+    with model.disable_adapter():
+        assert ("PEFT's own forward: the adapters are disabled" in explain(layer)) == (kind == "dense")
+        assert ("the base alone" in explain(layer)) == (kind == "nf4")
+    model.merge_adapter()
+    assert ("merged adapters: ['default']" in explain(layer)) == (kind == "dense")
+
+
+def test_explain_for_other_modules():
+    assert explain(nn.ReLU()) == "ReLU: its own forward runs; neither it nor a module in it is a LoRA layer"
+    text = explain(LoRALinear.from_linear(nn.Linear(8, 4), r=2, lora_alpha=4))
+    assert "LoRALinear: r=2, scaling=2" in text
+    assert "lora_linear over dense [4, 8]" in text
+
+
+def test_explain_follows_autocast():
+    fast = accelerated(stock_net("dense"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "torch.bfloat16 on cpu" in explain(fast)
+    assert "torch.float32 on cpu" in explain(fast)
+
+
+def test_importing_the_package_imports_neither_peft_nor_bitsandbytes():
+    code = "import sys, peft_fast; assert not {'peft', 'bitsandbytes', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_nothing_is_warned_about_when_all_is_well(kind):
+    model = stock_net(kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accelerate(model, strict=True)
+        model(inputs())
+    assert isinstance(model.base_model.model, Net)
