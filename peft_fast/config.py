@@ -1,0 +1,224 @@
+"""The options of a training job: one dataclass that the command line, YAML files and Python share.
+
+A field is an option: its annotation is the type, its metadata the help text and the range. The command line
+is generated from this class, so an option is written once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """A dataclass field with its help text and its range."""
+    rules = {"help": help, "choices": choices, "minimum": minimum, "above": above, "maximum": maximum}
+    return dataclasses.field(default=default, metadata=rules)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Every option of `peft-fast train`; the defaults are the default job.
+
+    Raises:
+        TypeError, ValueError: an option has the wrong type or is out of range; the message names it, what was
+            expected and what came.
+    """
+
+    task: str = option(
+        "docstring-swap", "What to learn.", choices=("docstring-swap", "classification", "causal-lm")
+    )
+    model: str | None = option(
+        None, "Local folder of a transformers model; a pretrained MiniLM when not given."
+    )
+    data: str | None = option(
+        None, "Training data: .csv or .jsonl for classification, a text file for causal-lm."
+    )
+    eval_data: str | None = option(
+        None, "Evaluation data, as --data; when not given a tenth of --data is held out."
+    )
+    text_column: str = option("text", "Column of the text in --data (classification).")
+    label_column: str = option("label", "Column of the label in --data (classification).")
+    max_length: int = option(40, "Tokens kept of each text (classification tasks).", minimum=4)
+    block_size: int = option(128, "Tokens in each block (causal-lm).", minimum=2)
+
+    quant: str = option("nf4", "How the frozen linear layers are stored.", choices=("nf4", "fp4", "none"))
+    dtype: str = option(
+        "fp32",
+        "Dtype of the frozen model; bf16 and fp16 train in autocast.",
+        choices=("fp32", "bf16", "fp16"),
+    )
+    method: str = option("lora", "Adapter to train.", choices=("lora",))
+    r: int = option(8, "Rank of the adapter.", minimum=1)
+    alpha: float = option(16.0, "The adapter's output is scaled by alpha / r.", above=0)
+    dropout: float = option(0.0, "Dropout on the adapter's input.", minimum=0, maximum=1)
+    target_modules: str = option(
+        "all-linear", "Layers to adapt: all-linear, or the ends of their names, separated by commas."
+    )
+    backend: str = option("auto", "Kernels to run: auto, or a name that `peft-fast info` lists.")
+    stock: bool = option(False, "Train with PEFT's and bitsandbytes' own layers, for comparison.")
+
+    steps: int | None = option(None, "Optimizer steps; counted from --epochs when not given.", minimum=1)
+    epochs: float = option(1.0, "Passes over the training data.", above=0)
+    batch_size: int = option(32, "Examples in each training step.", minimum=1)
+    lr: float = option(1e-3, "Peak learning rate of AdamW; falls linearly to zero.", above=0)
+    warmup: float = option(0.06, "Fraction of the steps in which the rate rises.", minimum=0, maximum=1)
+    weight_decay: float = option(0.0, "Weight decay of AdamW.", minimum=0)
+    seed: int = option(0, "Seed of the weights, the order of the data and dropout.", minimum=0)
+    eval_every: int = option(50, "Steps between evaluations; one more follows the last step.", minimum=1)
+    save_every: int = option(50, "Steps between checkpoints.", minimum=1)
+
+    output: str | None = option(
+        None, "Folder of the run; runs/<task>-<method>-<quant>-seed<seed> by default."
+    )
+    resume: bool = option(False, "Continue the run in --output from its last complete checkpoint.")
+    overwrite: bool = option(False, "Start again in a folder that holds an unfinished run.")
+
+    def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(type(self)).items():
+            value = _typed(name, kind, getattr(self, name))
+            object.__setattr__(self, name, value)
+            _check_range(name, value, type(self).__dataclass_fields__[name].metadata)
+        needs_data = self.task != "docstring-swap"
+        if needs_data and self.data is None:
+            raise ValueError(f"data: expected a file for task {self.task!r}, got None")
+        if not needs_data and (self.data or self.eval_data):
+            raise ValueError(
+                f"data: expected none for task {self.task!r}, got {self.data or self.eval_data!r}"
+            )
+        if self.task == "causal-lm" and self.model is None:
+            raise ValueError(
+                "model: expected a folder with a causal language model for task 'causal-lm', got None"
+            )
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is written."""
+        if self.output is not None:
+            return Path(self.output)
+        stock = "-stock" if self.stock else ""
+        return Path("runs") / f"{self.task}-{self.method}-{self.quant}-seed{self.seed}{stock}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+OPTIONS: dict[str, dataclasses.Field[Any]] = {f.name: f for f in dataclasses.fields(TrainConfig)}
+NOT_OF_THE_RUN = ("resume", "overwrite", "output")
+"""Options that say how to start, not what to compute; a resumed run may differ in them."""
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """The options in a YAML file, by name (`-` and `_` are the same).
+
+    Raises:
+        ValueError: the file is missing, is not a mapping, or has a key that is no option.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"config: expected a readable YAML file, got {str(path)!r} ({error.strerror})"
+        ) from error
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"config: expected YAML in {str(path)!r}, got {' '.join(str(error).split())}"
+        ) from error
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"config: expected a mapping of options in {str(path)!r}, got {type(values).__name__}"
+        )
+    options = {str(key).replace("-", "_"): value for key, value in values.items()}
+    if unknown := sorted(set(options) - set(OPTIONS)):
+        raise ValueError(f"config: expected options among {sorted(OPTIONS)}, got {unknown} in {str(path)!r}")
+    return options
+
+
+def save(config: TrainConfig, path: Path) -> None:
+    import yaml
+
+    path.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False), encoding="utf-8")
+
+
+def resolve(flags: Mapping[str, Any], file: str | Path | None = None) -> TrainConfig:
+    """The options of a job: flags (None where not given) win over the YAML file, that over the defaults.
+
+    With `resume`, the saved options of the run stand below both, and may not be contradicted.
+    """
+    given = {**(load(file) if file is not None else {}), **{k: v for k, v in flags.items() if v is not None}}
+    if not given.get("resume"):
+        return TrainConfig(**given)
+    if given.get("output") is None:
+        saved_path = TrainConfig(**given).folder / "config.yaml"
+    else:
+        saved_path = Path(given["output"]) / "config.yaml"
+    if not saved_path.is_file():
+        raise ValueError(
+            f"resume: expected a run in {str(saved_path.parent)!r}, got no {saved_path.name} there"
+        )
+    saved = {name: value for name, value in load(saved_path).items() if name not in NOT_OF_THE_RUN}
+    config = TrainConfig(**{**saved, **given})
+    for name, value in saved.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"{name}: expected {value!r} as in the resumed run, got {getattr(config, name)!r}"
+            )
+    return config
+
+
+def base_type(kind: Any) -> tuple[type, bool]:
+    """An annotation as (type, whether None is allowed)."""
+    if isinstance(kind, types.UnionType):
+        members = typing.get_args(kind)
+        return next(m for m in members if m is not type(None)), True
+    return kind, False
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    expected, optional = base_type(kind)
+    if value is None and optional:
+        return None
+    if expected is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:  # YAML reads 1e-3 as a string
+            return float(value)
+        except ValueError:
+            pass
+    elif isinstance(value, expected) and not (expected is int and isinstance(value, bool)):
+        return value
+    elif expected is str and isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{name}: expected {expected.__name__}, got {value!r}")
+
+
+def _check_range(name: str, value: Any, rules: Mapping[str, Any]) -> None:
+    if value is None:
+        return
+    if rules["choices"] is not None and value not in rules["choices"]:
+        raise ValueError(f"{name}: expected one of {', '.join(rules['choices'])}, got {value!r}")
+    bounds = []
+    if rules["minimum"] is not None:
+        bounds.append((f"at least {rules['minimum']}", value >= rules["minimum"]))
+    if rules["above"] is not None:
+        bounds.append((f"more than {rules['above']}", value > rules["above"]))
+    if rules["maximum"] is not None:
+        bounds.append((f"at most {rules['maximum']}", value <= rules["maximum"]))
+    if isinstance(value, float):
+        bounds.append(("a finite number", abs(value) < float("inf")))
+    if not all(held for _, held in bounds):
+        raise ValueError(f"{name}: expected {' and '.join(text for text, _ in bounds)}, got {value!r}")

@@ -1,0 +1,231 @@
+"""What `peft-fast info` tells: versions, devices, and which backend runs which weights; and a test of each.
+
+The self-test runs a small forward and backward of every available backend over every weight format and
+compares them with the same formula in fp64.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import __version__, native, ops
+from .formats import DENSE_DTYPES, FORMATS, QuantizedWeight, code_table, from_dense
+from .functional import lora_linear
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+OPS = ("lora_linear",)
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
+_EPSILON = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+
+def versions() -> dict[str, str | None]:
+    """The version of this library, of Python and of what it builds on; None where not installed."""
+
+    def installed(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {
+        "peft_fast": __version__,
+        "python": platform.python_version(),
+        **{package: installed(package) for package in PACKAGES},
+    }
+
+
+def cpu_name() -> str:
+    return f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
+
+
+def devices() -> dict[str, str]:
+    """Device → its name, with the CPU's instruction-set levels and the GPU's compute capability."""
+    levels = ", ".join(native.levels()) or native.load_error()
+    found = {"cpu": f"{cpu_name()}, {torch.get_num_threads()} threads, C++ kernels: {levels}"}
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        memory = properties.total_memory / 2**30
+        found[f"cuda:{i}"] = f"{properties.name}, {memory:.0f} GiB, sm_{properties.major}{properties.minor}"
+    return found
+
+
+class Case(NamedTuple):
+    """Whether a backend runs an op on a weight format with activations of a dtype; `reason` says why not."""
+
+    op: str
+    backend: str
+    device: str
+    format: str
+    dtype: str
+    reason: str | None
+
+
+def cases() -> list[Case]:
+    """Every op × device × format × dtype × backend."""
+    return [
+        Case(op, backend, device, format, _name(dtype), reason)
+        for op in OPS
+        for device in _device_types()
+        for format in FORMATS
+        for dtype in DENSE_DTYPES
+        for backend, reason in ops.availability(format, device, dtype).items()
+    ]
+
+
+def _device_types() -> tuple[str, ...]:
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --------------------------------------------------------------------------------------------- self-test
+
+
+class Outcome(NamedTuple):
+    """The worst error of a case against fp64, beside what is allowed; `failure` is None when it passed."""
+
+    case: Case
+    error: float
+    allowed: float
+    failure: str | None
+
+
+def self_test() -> list[Outcome]:
+    """Runs every available case."""
+    return [_run(case) for case in cases() if case.reason is None]
+
+
+def _run(case: Case) -> Outcome:
+    """Y and each gradient may have twice the error of plain PyTorch at the same dtype, plus a rounding."""
+    dtype = getattr(torch, case.dtype)
+    M, N, K, R = 5, 96, 128, 4
+    generator = torch.Generator().manual_seed(0)
+    weight = _weight(case.format, N, K, dtype, generator, case.device)
+
+    def random(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(case.device, dtype)
+
+    x, grad = random(M, K, dtype=dtype), random(M, N, dtype=dtype)
+    A, B, bias = (random(*shape, dtype=torch.float32) for shape in ((R, K), (N, R), (N,)))
+
+    def fused(x: Tensor, A: Tensor, B: Tensor, bias: Tensor) -> Tensor:
+        return lora_linear(x, weight, A, B, bias, scaling=0.5, backend=case.backend)
+
+    try:
+        got = _results(fused, grad, x, A, B, bias)
+    except Exception as failure:  # a broken backend is what this is here to find, whatever it raises
+        return Outcome(case, float("inf"), 0.0, f"{type(failure).__name__}: {failure}")
+
+    def plain(x: Tensor, A: Tensor, B: Tensor, bias: Tensor) -> Tensor:
+        A, B, bias = (t.to(x.dtype) for t in (A, B, bias))
+        return F.linear(x, weight.decode(x.dtype), bias) + 0.5 * F.linear(F.linear(x, A), B)
+
+    expected = _results(plain, grad, x, A, B, bias)
+    truth = _results(plain, *(t.double() for t in (grad, x, A, B, bias)))
+    worst = Outcome(case, 0.0, 0.0, None)
+    for name, ours, theirs, exact in zip(("Y", "dX", "dA", "dB", "dbias"), got, expected, truth, strict=True):
+        error, allowed = _distance(ours, exact), 2 * _distance(theirs, exact) + _EPSILON[dtype]
+        if not error <= allowed:  # so that NaN fails
+            return Outcome(case, error, allowed, f"{name} is off by {error:.2e}, allowed {allowed:.2e}")
+        if error >= worst.error:
+            worst = Outcome(case, error, allowed, None)
+    return worst
+
+
+def _results(function: Any, grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    y = function(*leaves)
+    return (y.detach(), *torch.autograd.grad(y, leaves, grad))
+
+
+def _distance(got: Tensor, truth: Tensor) -> float:
+    return ((got.double() - truth).norm() / truth.norm()).item()
+
+
+def _weight(
+    format: str, N: int, K: int, dtype: torch.dtype, generator: torch.Generator, device: str
+) -> QuantizedWeight:
+    """A random weight [N, K]; 4-bit ones are nested, in blocks of 64 and groups of 32 blocks."""
+    if format == "dense":
+        return from_dense(torch.randn(N, K, generator=generator).to(device, dtype))
+    blocks = N * K // 64
+    tensors = (
+        torch.randint(256, (N * K // 2,), generator=generator, dtype=torch.uint8),
+        torch.randint(256, (blocks,), generator=generator, dtype=torch.uint8),
+        code_table(format),
+        torch.rand(blocks // 32, generator=generator) + 0.1,
+        torch.linspace(-1, 1, 256),
+        torch.tensor(1.5),
+    )
+    packed, absmax, code, nested_absmax, nested_code, offset = (t.to(device) for t in tensors)
+    return QuantizedWeight(
+        packed, absmax, code, nested_absmax, nested_code, offset, format, N, K, 64, 32
+    ).check()
+
+
+# --------------------------------------------------------------------------------------------- reporting
+
+
+def report(outcomes: list[Outcome] | None = None) -> dict[str, Any]:
+    """Everything as plain data for JSON."""
+    found: dict[str, Any] = {
+        "versions": versions(),
+        "devices": devices(),
+        "cpu_levels": list(native.levels()),
+        "backends": [case._asdict() for case in cases()],
+    }
+    if outcomes is not None:
+        found["self_test"] = [{**o._asdict(), "case": o.case._asdict()} for o in outcomes]
+    return found
+
+
+def show(console: Console, outcomes: list[Outcome] | None = None) -> None:
+    """The report as tables."""
+    from rich.table import Table
+
+    table = Table("package", "version", title="versions")
+    for package, version in versions().items():
+        table.add_row(package, version or "not installed")
+    console.print(table)
+    table = Table("device", "what it is", title="devices")
+    for device, description in devices().items():
+        table.add_row(device, description)
+    console.print(table)
+    for op in OPS:
+        for device in _device_types():
+            console.print(_backend_table([c for c in cases() if (c.op, c.device) == (op, device)]))
+    if outcomes is None:
+        return
+    failed = [o for o in outcomes if o.failure is not None]
+    for outcome in failed:
+        case = " ".join(str(field) for field in outcome.case[:-1])
+        console.print(f"[red]failed[/red] {case}: {outcome.failure}")
+    console.print(f"self-test: {len(outcomes) - len(failed)} of {len(outcomes)} cases passed")
+
+
+def _backend_table(of_device: list[Case]) -> Table:
+    """Backend × format → the dtypes it runs, and why it does not run the others."""
+    from rich.table import Table
+
+    op, _, device, *_ = of_device[0]
+    table = Table("backend", *FORMATS, "why not", title=f"{op} on {device}, in order of preference")
+    for backend in dict.fromkeys(case.backend for case in of_device):
+        of_backend = [case for case in of_device if case.backend == backend]
+        dtypes = [
+            "\n".join(c.dtype for c in of_backend if c.format == format and c.reason is None) or "-"
+            for format in FORMATS
+        ]
+        reasons = dict.fromkeys(case.reason for case in of_backend if case.reason is not None)
+        table.add_row(backend, *dtypes, "\n".join(reasons))
+    return table

@@ -1,0 +1,167 @@
+"""The command line: options and files, errors in one line, and what `info` finds."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from peft_fast import cli, config, ops, reference
+
+
+def call(monkeypatch, capsys, *arguments):
+    """Runs `peft-fast` in this process; returns (exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["peft-fast", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    captured = capsys.readouterr()
+    return stopped.value.code, captured.out, captured.err
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What `train` was called with; no training happens."""
+    from peft_fast import train
+
+    calls = []
+    monkeypatch.setattr(train, "train", calls.append)
+    return calls
+
+
+def test_importing_the_command_line_is_light():
+    heavy = "torch", "transformers", "peft", "bitsandbytes", "matplotlib"
+    code = f"import sys, peft_fast.cli; print([m for m in {heavy!r} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_no_options_are_the_defaults(monkeypatch, capsys, trained):
+    assert call(monkeypatch, capsys, "train")[0] == 0
+    assert trained == [config.TrainConfig()]
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(monkeypatch, capsys, trained, tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text("lr: 5e-4\nseed: 7\nstock: true\nmax-length: 16\n")
+    arguments = ("train", "--config", path, "--seed", 8, "--no-stock", "--batch-size", 4)
+    assert call(monkeypatch, capsys, *arguments)[0] == 0
+    assert trained == [config.TrainConfig(lr=5e-4, seed=8, stock=False, max_length=16, batch_size=4)]
+
+
+def test_every_option_is_a_flag_with_help(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = call(monkeypatch, capsys, "train", "--help")
+    assert code == 0
+    for name, field in config.OPTIONS.items():
+        assert "--" + name.replace("_", "-") in out
+        assert field.metadata["help"].split(";")[0].split(",")[0][:30] in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--r", "0"), "peft-fast: r: expected at least 1, got 0\n"),
+        (("--quant", "int3"), "peft-fast: quant: expected one of nf4, fp4, none, got 'int3'\n"),
+        (
+            ("--config", "no-such.yaml"),
+            "peft-fast: config: expected a readable YAML file, got 'no-such.yaml' (No such",
+        ),
+        (("--resume", "--output", "no-such-run"), "peft-fast: resume: expected a run in 'no-such-run'"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_code_2(monkeypatch, capsys, arguments, message):
+    code, out, err = call(monkeypatch, capsys, "train", *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(("--steps", "many"), "--steps"), (("--no-such-flag",), "No such option")]
+)
+def test_flags_that_do_not_parse_exit_with_2(monkeypatch, capsys, arguments, message):
+    code, _, err = call(monkeypatch, capsys, "train", *arguments)
+    assert code == 2
+    assert message in err
+
+
+def test_unknown_yaml_key_is_named(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text("rank: 8\n")
+    code, _, err = call(monkeypatch, capsys, "train", "--config", path)
+    assert code == 2
+    assert "got ['rank']" in err
+
+
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch, trained):
+    from peft_fast import train
+
+    def broken(_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(train, "train", broken)
+    monkeypatch.setattr(sys, "argv", ["peft-fast", "train"])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_info_as_json(monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "info", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["versions"]["torch"] == torch.__version__ or found["versions"]["torch"] in torch.__version__
+    assert "cpu" in found["devices"]
+    assert "self_test" not in found
+    rows = {(r["backend"], r["device"], r["format"], r["dtype"]): r["reason"] for r in found["backends"]}
+    assert rows["reference", "cpu", "nf4", "bfloat16"] is None
+    assert {r["backend"] for r in found["backends"]} == set(ops.BACKENDS)
+    for (backend, device, format, dtype), reason in rows.items():
+        assert reason == ops.availability(format, device, getattr(torch, dtype))[backend]
+
+
+def test_info_says_why_a_backend_is_missing(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    row = ops.BACKENDS["cpu"]._replace(unavailable=lambda *_: "the moon is full")
+    monkeypatch.setitem(ops.BACKENDS, "cpu", row)
+    code, out, _ = call(monkeypatch, capsys, "info")
+    assert code == 0
+    assert "the moon is full" in out
+
+
+def test_self_test_checks_every_available_case(monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "info", "--self-test", "--json")
+    found = json.loads(out)
+    available = [row for row in found["backends"] if row["reason"] is None]
+    assert code == 0
+    assert [o["case"] for o in found["self_test"]] == available
+    assert all(0 < o["error"] <= o["allowed"] < 0.05 for o in found["self_test"])
+
+
+@pytest.mark.parametrize("part", ["forward", "dX", "raises", "nan"])
+def test_self_test_finds_a_broken_backend(monkeypatch, capsys, part):
+    forward, backward = reference.lora_linear, reference.lora_linear_backward
+
+    def wrong_forward(*args):
+        if part == "raises":
+            raise RuntimeError("it broke")
+        y, z = forward(*args)
+        return y * (float("nan") if part == "nan" else 1.05), z
+
+    def wrong_backward(*args):
+        gradients = backward(*args)
+        return gradients._replace(x=gradients.x * 1.05)
+
+    if part == "dX":
+        monkeypatch.setattr(reference, "lora_linear_backward", wrong_backward)
+    else:
+        monkeypatch.setattr(reference, "lora_linear", wrong_forward)
+    code, out, _ = call(monkeypatch, capsys, "info", "--self-test")
+    expected = {
+        "forward": "Y is off by",
+        "dX": "dX is off by",
+        "raises": "it broke",
+        "nan": "Y is off by nan",
+    }
+    assert code == 1
+    assert expected[part] in " ".join(out.split())
