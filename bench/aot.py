@@ -60,28 +60,31 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # a program's limit
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma)\b|\b(v_mfma)_")
 
 
 class Variant(NamedTuple):
-    """The operands of a case: dtype of the activations and of the adapters, the weight's storage, BLOCK_R."""
+    """The operands of a case: dtypes of the activations and of the adapters, and the weight's storage."""
 
     x: str
     adapter: str
     weight: str
-    rank: int
 
     def __str__(self) -> str:
-        return f"{self.x}/{self.adapter}/{self.weight}/r{self.rank}"
+        return f"{self.x}/{self.adapter}/{self.weight}"
 
 
 # nf4 is nested, the longest decode; `odd` is nf4 with K not a multiple of the block size.
 VARIANTS = (
-    Variant("bf16", "bf16", "nf4", min(configs.RANKS)),
-    Variant("bf16", "fp32", "nf4", max(configs.RANKS)),
-    Variant("bf16", "fp32", "odd", min(configs.RANKS)),
-    Variant("bf16", "bf16", "dense", min(configs.RANKS)),
-    Variant("fp32", "fp32", "nf4", max(configs.RANKS)),
+    Variant("bf16", "bf16", "nf4"),
+    Variant("bf16", "fp32", "nf4"),
+    Variant("bf16", "bf16", "odd"),
+    Variant("bf16", "bf16", "dense"),
+    Variant("fp16", "fp32", "nf4"),
+    Variant("fp32", "fp32", "nf4"),
+    Variant("fp32", "fp32", "odd"),
 )
 
 
@@ -93,8 +96,10 @@ class Case(NamedTuple):
 
     @property
     def config(self) -> str:
-        short = {"num_warps": "warps", "num_stages": "stages"}
-        return " ".join(f"{short.get(k, k.removeprefix('BLOCK_'))}={v}" for k, v in self.tile if k != "GROUP")
+        short, hidden = {"num_warps": "warps", "num_stages": "stages"}, ("GROUP", "num_ctas")
+        return " ".join(
+            f"{short.get(k, k.removeprefix('BLOCK_'))}={v}" for k, v in self.tile if k not in hidden
+        )
 
     def __str__(self) -> str:
         return f"{self.kernel} {self.config} {self.target} {self.variant}"
@@ -118,15 +123,25 @@ def cases() -> Iterator[Case]:
     """Every kernel × tile × target × variant that a launcher can ask for."""
     fixed = {"down_kernel": configs.DOWN, "up_backward_kernel": configs.UP_BACKWARD, "da_kernel": configs.DA}
     for target, variant in itertools.product(TARGETS, VARIANTS):
-        family = configs.family(TARGETS[target].backend, TARGETS[target].arch)
         for tile, linear, dx in zip(configs.MAIN_LOOP, configs.LINEAR, configs.DX, strict=True):
-            if family in tile.families and tile.single == (variant.x == "fp32"):
-                yield _case("linear_kernel", {"BLOCK_M": tile.rows} | linear.all_kwargs(), target, variant)
-                yield _case("dx_kernel", {"BLOCK_M": tile.rows} | dx.all_kwargs(), target, variant)
+            if tile.takes(DTYPES[variant.x], aligned=variant.weight != "odd"):
+                yield _case(
+                    "linear_kernel",
+                    {"BLOCK_M": tile.rows, "BLOCK_R": configs.RANK_STEP} | linear.all_kwargs(),
+                    target,
+                    variant,
+                )
+                yield _case(
+                    "dx_kernel",
+                    {"BLOCK_M": tile.rows, "BLOCK_R": configs.RANK_STEP} | dx.all_kwargs(),
+                    target,
+                    variant,
+                )
         yield _case("dequantize_kernel", configs.DEQUANTIZE, target, variant)
         if variant.weight == "nf4":
             for kernel, tiles in fixed.items():
-                yield from (_case(kernel, tile, target, variant) for tile in tiles)
+                for tile in tiles[variant.x == "bf16"]:
+                    yield _case(kernel, tile | {"BLOCK_R": max(configs.RANKS)}, target, variant)
             yield _case("sum_kernel", configs.SUM, target, variant)
 
 
@@ -143,10 +158,9 @@ def source(case: Case) -> tuple[ASTSource, dict[str, Any]]:
     pointers |= dict.fromkeys(("p_a", "p_b", "p_da", "p_db", "p_bias"), variant.adapter)
     pointers |= {"p_mask": "u8", "weight": variant.x if dense else "u8", "absmax": "u8"}
     constants = tile | {
-        "BLOCK_R": variant.rank,
         "BLOCKSIZE": 64,
         "NESTED_BLOCKSIZE": 256,
-        "ALIGNED": variant.weight == "nf4",
+        "ALIGNED": variant.weight != "odd",
         "SPLIT": 16 if tile.get("BLOCK_M") == 16 else 1,
         "PRECISION": "ieee" if TARGETS[case.target].backend == "hip" else "tf32x3",
     }
@@ -162,7 +176,7 @@ def source(case: Case) -> tuple[ASTSource, dict[str, Any]]:
             continue
         if name in ("scaling", "drop_scale"):
             signature[name], divisible = "fp32", False
-        elif name in ("M", "N", "K", "R", "n_columns", "stride_n", "stride_k"):
+        elif name in ("M", "N", "K", "R", "columns", "n_chunks", "stride_n", "stride_k"):
             signature[name], divisible = "i32", variant.weight != "odd"
         else:
             signature[name] = "*" + pointers.get(name, "fp32")
@@ -192,7 +206,7 @@ def compile_case(case: Case) -> tuple[Row, list[str]]:
         spills,
         compiled.metadata.shared,
     )
-    limit = configs.SHARED_BYTES[configs.family(target.backend, target.arch)]
+    limit = SHARED_KIB[case.target] * 1024
     broken = []
     if spills:
         broken.append(f"{spills} bytes of registers spilled")
@@ -272,8 +286,11 @@ def main() -> int:
     if arguments.only and not arguments.check:
         parser.error("--only goes with --check: the table is written whole")
     selected = [case for case in cases() if all(word in str(case) for word in arguments.only)]
+    results = []
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        results = list(pool.map(compile_case, selected))
+        for row, broken in pool.map(compile_case, selected):
+            results.append((row, broken))
+            print(*broken, sep="\n", end="\n" if broken else "", flush=True)
     rows = sorted(row for row, _ in results)
     problems = [problem for _, broken in results for problem in broken]
     if arguments.check:

@@ -17,7 +17,7 @@ constexpr int64_t kStripe = 256;     // columns of a dX item when there are few 
 // dz [M][dz_row] = scaling · dY · lora_B; b_packed is lora_B (depth N).
 inline void grad_z(const Backward& b, PackedB b_packed, float* dz, int64_t dz_row) {
   const int64_t N = b.weight.N;
-  parallel_for(0, blocks(b.M, kTokenBlock), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks(b.M, kTokenBlock), grain(kTokenBlock * N), [&](int64_t begin, int64_t end) {
     float* const g = local_scratch(kTokenBlock * kPanelRow);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t m0 = item * kTokenBlock, rows = min(kTokenBlock, b.M - m0);
@@ -35,7 +35,7 @@ inline void grad_z(const Backward& b, PackedB b_packed, float* dz, int64_t dz_ro
 inline void grad_B_and_bias(const Backward& b, PackedB z_packed) {
   const int64_t N = b.weight.N, R = b.R;
   const bool wants_B = b.d_B.data != nullptr && R > 0;
-  parallel_for(0, blocks(N, kGradBlock), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks(N, kGradBlock), grain(kGradBlock * b.M * (R + 4)), [&](int64_t begin, int64_t end) {
     const int64_t c_row = round_up(R, kLanes);
     Carver local(local_scratch(kGradBlock * (kSteps + c_row)));
     float* const g = local.take(kGradBlock * kSteps);
@@ -67,7 +67,7 @@ inline void grad_B_and_bias(const Backward& b, PackedB z_packed) {
 // d_A [R, K] = dZᵀ · drop(x).
 inline void grad_A(const Backward& b, const float* dz, int64_t dz_row) {
   const int64_t K = b.weight.K, R = b.R;
-  parallel_for(0, blocks(K, kInBlock), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks(K, kInBlock), grain(kInBlock * b.M * (R + 4)), [&](int64_t begin, int64_t end) {
     Carver local(local_scratch(kInBlock * (kSteps + R + 1)));
     float* const x = local.take(kInBlock * kSteps);
     float* const row = local.take(kInBlock);
@@ -121,14 +121,14 @@ inline void grad_x_superblock(const Backward& b, int64_t m0, int64_t rows, const
                               float* g_packed) {
   const int64_t N = b.weight.N, K = b.weight.K, R = b.R, g_row = kPanelRow;
   // dY in chunks of columns: chunk c is [rows][g_row].
-  parallel_for(0, blocks(N, kSteps), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks(N, kSteps), grain(kSteps * rows), [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t n0 = chunk * kSteps, n = min(kSteps, N - n0);
       for (int64_t m = 0; m < rows; ++m)
         to_float(b.grad, (m0 + m) * N + n0, n, g_packed + (chunk * rows + m) * g_row);
     }
   });
-  parallel_for(0, blocks(K, kInBlock), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks(K, kInBlock), grain(kInBlock * N), [&](int64_t begin, int64_t end) {
     const int64_t c_row = kInBlock + kPad;
     Carver local(local_scratch(kInBlock * (kSteps + R) + (rows + kTokenBlock) * c_row));
     float* const panel_data = local.take(kInBlock * kSteps);
@@ -142,9 +142,7 @@ inline void grad_x_superblock(const Backward& b, int64_t m0, int64_t rows, const
         const int64_t next = n0 + kSteps < N ? (n0 + kSteps) * K + k0 : k0 + kInBlock;
         for (int64_t i = 0; i < panel.depth; ++i) {
           prefetch(b.weight, next + i * K, kInBlock);
-          pack_row(panel, i, [&](int64_t j, int64_t n, float* out) {
-            decode(b.weight, (n0 + i) * K + k0 + j, n, out);
-          });
+          pack_decoded(b.weight, (n0 + i) * K + k0, panel, i);
         }
         const float* g = g_packed + n0 / kSteps * rows * g_row;
         gemm(rows, panel.depth, {g, g_row, 1}, panel, 0, c, n0 > 0);
@@ -162,7 +160,7 @@ inline void grad_x_few_rows(const Backward& b, const float* dz, int64_t dz_row, 
   constexpr int64_t kRows = 4, kAhead = 16, c_row = kStripe;
   const int64_t N = b.weight.N, K = b.weight.K, R = b.R;
   const bool in_registers = !is_dense(b.weight) && K % kTileCols == 0;
-  parallel_for(0, blocks(K, kStripe), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks(K, kStripe), grain(kStripe * N), [&](int64_t begin, int64_t end) {
     Carver local(local_scratch(kStripe * (R + kRows + M + kTokenBlock)));
     float* const a_data = local.take(kStripe * R);
     float* const decoded = local.take(kStripe * kRows);
@@ -177,22 +175,24 @@ inline void grad_x_few_rows(const Backward& b, const float* dz, int64_t dz_row, 
         for (int64_t i = 0; i < kRows; ++i) prefetch(b.weight, (n0 + kAhead + i) * K + k0, kStripe);
         if (!in_registers)
           for (int64_t i = 0; i < n; ++i) decode(b.weight, (n0 + i) * K + k0, cols, decoded + i * kStripe);
+        float scale[kRows] = {1.0f, 1.0f, 1.0f, 1.0f};
+        for (int64_t i = 0; i < n && in_registers; ++i) scale[i] = unit.first_scale((n0 + i) * K + k0);
         for (int64_t k = 0; k < cols; k += kTileCols) {
           V acc[M][2];
           for (int m = 0; m < M; ++m)
             for (int h = 0; h < 2; ++h) acc[m][h] = load(c.data + m * c_row + k + h * kLanes);
           for (int64_t i = 0; i < n; ++i) {
             V first, second;
-            float scale = 1.0f;
             if (in_registers) {
-              scale = unit.codes((n0 + i) * K + k0 + k, first, second);
+              unit.codes((n0 + i) * K + k0 + k, first, second);
+              unit.next_scale((n0 + i) * K + k0 + k, scale[i]);
             } else {
               first = load(decoded + i * kStripe + k);
               second = load(decoded + i * kStripe + k + kLanes);
             }
 #pragma GCC unroll 4
             for (int m = 0; m < M; ++m) {
-              const V factor = splat(g[m * N + n0 + i] * scale);
+              const V factor = splat(g[m * N + n0 + i] * scale[i]);
               acc[m][0] = fma(first, factor, acc[m][0]);
               acc[m][1] = fma(second, factor, acc[m][1]);
             }
@@ -248,7 +248,7 @@ inline void backward(const Backward& b) {
   float* const dz = shared.take(M * dz_row);
   if (R > 0 && (wants_x || wants_A)) {
     const PackedB b_packed{shared.take(PackedB::size(N, R)), N, R};
-    parallel_for(0, N, 1024, [&](int64_t begin, int64_t end) {
+    parallel_for(0, N, grain(4 * R), [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n)
         pack_row(b_packed, n,
                  [&](int64_t j, int64_t count, float* out) { to_float(b.lora_B, n * R + j, count, out); });

@@ -26,6 +26,12 @@ inline int64_t superblock(int64_t M, int64_t width) {
   return round_up(blocks(M, blocks(M, most)), kTileCols);
 }
 
+// Items of `work` multiply-adds or moves each that one thread should take at least: below that, waking
+// another thread costs more than it saves.
+inline int64_t grain(int64_t work) {
+  return blocks(1 << 18, work + 1);
+}
+
 // Hands out parts of one scratch allocation, each a multiple of 16 floats.
 class Carver {
  public:
@@ -56,31 +62,33 @@ inline void pack_transposed(const Forward& f, bool dropped, int64_t m0, int64_t 
 // Zᵀ into z_packed (depth R), and z [M, R], for tokens [m0, m0 + rows); x_packed is Xᵀ (depth K).
 inline void low_rank_input(const Forward& f, int64_t m0, int64_t rows, PackedB x_packed, PackedB z_packed) {
   const int64_t K = f.weight.K, R = f.R, rank_blocks = blocks(R, kRankBlock);
-  parallel_for(0, blocks(rows, kTileCols) * rank_blocks, 1, [&](int64_t begin, int64_t end) {
-    Carver local(local_scratch(kRankBlock * kPanelRow + 2 * kTileCols * kSteps));
-    float* const a = local.take(kRankBlock * kPanelRow);
-    float* const staging = local.take(kTileCols * kSteps);
-    float* const dropped = local.take(kTileCols * kSteps);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t j = item / rank_blocks * kTileCols, r0 = item % rank_blocks * kRankBlock;
-      const int64_t width = x_packed.width(j), ranks = min(kRankBlock, R - r0),
-                    tokens = min(kTileCols, rows - j);
-      const MatrixC c{z_packed.row(j, r0), width};
-      for (int64_t k0 = 0; k0 < K; k0 += kSteps) {
-        const int64_t n = min(kSteps, K - k0);
-        for (int64_t r = 0; r < ranks; ++r) to_float(f.lora_A, (r0 + r) * K + k0, n, a + r * kPanelRow);
-        PackedB b{x_packed.row(j, k0), n, width};
-        if (f.dropout.mask != nullptr) {
-          pack_transposed(f, true, m0 + j, tokens, width, k0, n, staging, dropped);
-          b.data = dropped;
-        }
-        gemm(ranks, n, {a, kPanelRow, 1}, b, 0, c, k0 > 0);
-      }
-      float* z = f.z + (m0 + j) * R + r0;
-      for (int64_t m = 0; m < tokens; ++m)
-        for (int64_t r = 0; r < ranks; ++r) z[m * R + r] = c.data[r * width + m];
-    }
-  });
+  parallel_for(0, blocks(rows, kTileCols) * rank_blocks, grain(kTileCols * K),
+               [&](int64_t begin, int64_t end) {
+                 Carver local(local_scratch(kRankBlock * kPanelRow + 2 * kTileCols * kSteps));
+                 float* const a = local.take(kRankBlock * kPanelRow);
+                 float* const staging = local.take(kTileCols * kSteps);
+                 float* const dropped = local.take(kTileCols * kSteps);
+                 for (int64_t item = begin; item < end; ++item) {
+                   const int64_t j = item / rank_blocks * kTileCols, r0 = item % rank_blocks * kRankBlock;
+                   const int64_t width = x_packed.width(j), ranks = min(kRankBlock, R - r0),
+                                 tokens = min(kTileCols, rows - j);
+                   const MatrixC c{z_packed.row(j, r0), width};
+                   for (int64_t k0 = 0; k0 < K; k0 += kSteps) {
+                     const int64_t n = min(kSteps, K - k0);
+                     for (int64_t r = 0; r < ranks; ++r)
+                       to_float(f.lora_A, (r0 + r) * K + k0, n, a + r * kPanelRow);
+                     PackedB b{x_packed.row(j, k0), n, width};
+                     if (f.dropout.mask != nullptr) {
+                       pack_transposed(f, true, m0 + j, tokens, width, k0, n, staging, dropped);
+                       b.data = dropped;
+                     }
+                     gemm(ranks, n, {a, kPanelRow, 1}, b, 0, c, k0 > 0);
+                   }
+                   float* z = f.z + (m0 + j) * R + r0;
+                   for (int64_t m = 0; m < tokens; ++m)
+                     for (int64_t r = 0; r < ranks; ++r) z[m * R + r] = c.data[r * width + m];
+                 }
+               });
 }
 
 // y [rows, n-block] from yt [n-block][yt_row] with the bias added; staging [kTileCols][kOutBlock].
@@ -104,17 +112,18 @@ inline void forward_superblock(const Forward& f, int64_t m0, int64_t rows) {
   Carver shared(shared_scratch(PackedB::size(K, rows) + PackedB::size(R, rows)));
   const PackedB x_packed{shared.take(PackedB::size(K, rows)), K, rows};
   const PackedB z_packed{shared.take(PackedB::size(R, rows)), R, rows};
-  parallel_for(0, blocks(rows, kTileCols) * chunks, 1, [&](int64_t begin, int64_t end) {
-    float* const staging = local_scratch(kTileCols * kSteps);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t j = item / chunks * kTileCols, k0 = item % chunks * kSteps;
-      pack_transposed(f, false, m0 + j, min(kTileCols, rows - j), x_packed.width(j), k0, min(kSteps, K - k0),
-                      staging, x_packed.row(j, k0));
-    }
-  });
+  parallel_for(0, blocks(rows, kTileCols) * chunks, grain(4 * kTileCols * kSteps),
+               [&](int64_t begin, int64_t end) {
+                 float* const staging = local_scratch(kTileCols * kSteps);
+                 for (int64_t item = begin; item < end; ++item) {
+                   const int64_t j = item / chunks * kTileCols, k0 = item % chunks * kSteps;
+                   pack_transposed(f, false, m0 + j, min(kTileCols, rows - j), x_packed.width(j), k0,
+                                   min(kSteps, K - k0), staging, x_packed.row(j, k0));
+                 }
+               });
   if (R > 0) low_rank_input(f, m0, rows, x_packed, z_packed);
 
-  parallel_for(0, blocks(N, kOutBlock), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks(N, kOutBlock), grain(kOutBlock * K), [&](int64_t begin, int64_t end) {
     const int64_t yt_row = round_up(rows, kLanes) + kPad;
     Carver local(local_scratch(kOutBlock * (kPanelRow + yt_row + round_up(R, 16) + kTileCols + 1)));
     float* const panel = local.take(kOutBlock * kPanelRow);
@@ -160,13 +169,15 @@ inline void dot_rows(const float* x, int64_t x_row, const float* w, int64_t n, f
 template <int M>
 inline void dot_packed_row(const UnitDecoder& unit, const float* x, int64_t K, int64_t row, float* out) {
   V acc[M] = {};
+  float scale = unit.first_scale(row * K);
   for (int64_t k = 0; k < K; k += kTileCols) {
     V first, second;
-    const V scale = splat(unit.codes(row * K + k, first, second));
+    unit.codes(row * K + k, first, second);
+    unit.next_scale(row * K + k, scale);
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
       const float* xm = x + m * K + k;
-      acc[m] = fma(fma(second, load(xm + kLanes), first * load(xm)), scale, acc[m]);
+      acc[m] = fma(fma(second, load(xm + kLanes), first * load(xm)), splat(scale), acc[m]);
     }
   }
   for (int m = 0; m < M; ++m) out[m] = sum(acc[m]);
@@ -185,7 +196,7 @@ inline void forward_few_rows(const Forward& f) {
     std::memcpy(dropped, x, M * K * sizeof(float));
     for (int m = 0; m < M; ++m) drop(f.dropout, K, m, 0, K, dropped + m * K);
   }
-  parallel_for(0, R, blocks(65536, K), [&](int64_t begin, int64_t end) {
+  parallel_for(0, R, grain(M * K), [&](int64_t begin, int64_t end) {
     float* const row = local_scratch(K);
     for (int64_t r = begin; r < end; ++r) {
       float z[M];
@@ -195,7 +206,7 @@ inline void forward_few_rows(const Forward& f) {
     }
   });
   const bool in_registers = !is_dense(f.weight) && K % kTileCols == 0;
-  parallel_for(0, blocks(N, kOutBlock), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks(N, kOutBlock), grain(kOutBlock * K), [&](int64_t begin, int64_t end) {
     Carver local(local_scratch(round_up(K, 16) + round_up(R, 16) + (M + 1) * kOutBlock));
     float* const row = local.take(K);
     float* const lora_B = local.take(R);
@@ -246,7 +257,7 @@ inline void forward(const Forward& f) {
 inline void dequantize(const Weight& w, Result out) {
   constexpr int64_t kStretch = 4096;
   const int64_t numel = w.N * w.K;
-  parallel_for(0, blocks(numel, kStretch), 4, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks(numel, kStretch), grain(kStretch), [&](int64_t begin, int64_t end) {
     float* const values = local_scratch(kStretch);
     for (int64_t i = begin * kStretch; i < min(end * kStretch, numel); i += kStretch) {
       const int64_t n = min(kStretch, numel - i);

@@ -1,11 +1,11 @@
 """Tile sizes: the lists that are tuned at run time, the tiles that are fixed, and the reason for each.
 
 Tuned are the two main loops over the packed weight, `linear_kernel` and `dx_kernel` (`MAIN_LOOP`). The
-launcher picks the row block from M, so it keys the tuning, and a device sees only the tiles of its family.
-The other kernels are bound by memory; their tiles are fixed, which also fixes the order of their sums.
+launcher picks the row block from M, so it keys the tuning. The other kernels are bound by memory; their tiles
+are fixed, which also fixes the order of their sums.
 
-A tile is listed for a family of devices only if it compiles there without register spills and within its
-shared memory, which `bench/aot.py --check` proves without a GPU.
+Every tile listed compiles without register spills and within the shared memory of every target, which
+`bench/aot.py --check` proves without a GPU.
 """
 
 from __future__ import annotations
@@ -17,26 +17,14 @@ import triton
 
 from .tiles import INTERPRET
 
-# Families of devices that take the same tiles, by shared memory per program.
-LARGE, AMPERE, SMALL, HIP = "large", "ampere", "small", "hip"
-EVERY = (LARGE, AMPERE, SMALL, HIP)
-SHARED_BYTES = {LARGE: 227 * 1024, AMPERE: 163 * 1024, SMALL: 99 * 1024, HIP: 64 * 1024}
-
-
-def family(backend: str, arch: int | str) -> str:
-    """The family of a Triton target: compute capability 9.0, 10.x; 8.0, 8.7; every other NVIDIA; HIP."""
-    if backend == "hip":
-        return HIP
-    if arch in (90, 100, 103):
-        return LARGE
-    return AMPERE if arch in (80, 87) else SMALL
-
-
 # ------------------------------------------------------------------------------------------ tuned main loops
 
 
 class Tile(NamedTuple):
-    """An output tile [rows, columns] made in steps of `depth`; `single` is for fp32 operands."""
+    """An output tile [rows, columns] made in steps of `depth`.
+
+    `single` tiles are for fp32 operands; `straddling` ones also take weights whose blocks straddle rows.
+    """
 
     rows: int
     columns: int
@@ -44,7 +32,10 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     single: bool = False
-    families: tuple[str, ...] = EVERY
+    straddling: bool = False
+
+    def takes(self, dtype: torch.dtype, aligned: bool) -> bool:
+        return self.single == (dtype == torch.float32) and (aligned or self.straddling)
 
     def config(self, columns: str, depth: str) -> triton.Config:
         sizes = {columns: self.columns, depth: self.depth, "GROUP": 8}
@@ -54,17 +45,17 @@ class Tile(NamedTuple):
 MAIN_LOOP = (
     # A few rows: bound by the weight's bytes. Narrow columns give every multiprocessor a program at
     # N = 4096, wide ones read longer runs of a row.
-    Tile(16, 32, 128, 4, 4),
+    Tile(16, 32, 128, 4, 4, straddling=True),
     Tile(16, 64, 64, 4, 4),
     # Tens of rows: the warpgroup instruction takes 64; eight warps share the decode where it is narrow.
-    Tile(64, 64, 64, 8, 3),
+    Tile(64, 64, 64, 8, 3, straddling=True),
     Tile(64, 128, 64, 8, 3),
     # Training: the more rows a program has, the fewer times a weight is decoded.
     Tile(128, 128, 64, 8, 3),
     Tile(128, 64, 64, 4, 3),
     # fp32 operands take three products and twice the shared memory: half the tile.
-    Tile(16, 32, 64, 4, 3, single=True),
-    Tile(64, 64, 32, 8, 2, single=True),
+    Tile(16, 32, 64, 4, 3, single=True, straddling=True),
+    Tile(64, 64, 32, 8, 2, single=True, straddling=True),
     Tile(128, 64, 32, 8, 2, single=True),
 )
 if INTERPRET.value:
@@ -74,67 +65,85 @@ LINEAR = [tile.config("BLOCK_N", "BLOCK_K") for tile in MAIN_LOOP]
 DX = [tile.config("BLOCK_K", "BLOCK_N") for tile in MAIN_LOOP]
 
 
-def row_block(M: int, dtype: torch.dtype) -> int:
+def row_block(M: int, dtype: torch.dtype, aligned: bool) -> int:
     """The smallest row block of the main loops that holds M rows of this dtype, else the largest."""
     if INTERPRET.value:
         return MAIN_LOOP[0].rows
-    rows = sorted({tile.rows for tile in MAIN_LOOP if tile.single == (dtype == torch.float32)})
+    rows = sorted({tile.rows for tile in MAIN_LOOP if tile.takes(dtype, aligned)})
     return next((r for r in rows if r >= M), rows[-1])
 
 
 def admitted(configs: list[triton.Config], arguments: dict[str, Any], **meta: Any) -> list[triton.Config]:
-    """The configs of a main loop for this row block, dtype and device (Triton's `early_config_prune`)."""
-    target = triton.runtime.driver.active.get_current_target()
+    """The configs of a main loop for this row block, dtype and weight (Triton's `early_config_prune`)."""
     operand = arguments["p_x"] if "p_x" in arguments else arguments["p_g"]
-    single, here = operand.dtype == torch.float32, family(target.backend, target.arch)
     return [
         config
         for config, tile in zip(configs, MAIN_LOOP, strict=True)
-        if tile.rows == meta["BLOCK_M"] and tile.single == single and here in tile.families
+        if tile.rows == meta["BLOCK_M"] and tile.takes(operand.dtype, meta["ALIGNED"])
     ]
 
 
 def tuned(configs: list[triton.Config]) -> Any:
     return triton.autotune(
-        configs, key=["N", "K", "BLOCK_M", "BLOCK_R"], prune_configs_by={"early_config_prune": admitted}
+        configs, key=["N", "K", "R", "BLOCK_M", "ALIGNED"], prune_configs_by={"early_config_prune": admitted}
     )
 
 
 # ----------------------------------------------------------------------------------------------- fixed tiles
 
-# Each list is ordered by BLOCK_M; `by_rows` takes the first that holds M rows, else the last.
-DOWN = (
-    # A few rows: deep steps, K is split between programs.
-    {"BLOCK_M": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
-    # X is read once, 64 rows keep several programs on each multiprocessor.
-    {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
-)
+# By whether the operands are bfloat16, which the tensor cores take as they are, then ordered by BLOCK_M:
+# `by_rows` takes the first that holds M rows, else the last.
+Tiles = dict[bool, tuple[dict[str, int], ...]]
+DOWN: Tiles = {
+    # A few rows: K is split between programs. 64 rows keep several programs on each multiprocessor.
+    True: (
+        {"BLOCK_M": 16, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
+        {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    ),
+    # Three TF32 products hold three times the operands in registers: half the depth.
+    False: (
+        {"BLOCK_M": 16, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+    ),
+}
 # 128 columns of G in a step: the running sums of dZ then pass through L2 once per 256 bytes of a row.
-UP_BACKWARD = (
-    {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
-    {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
-)
+UP_BACKWARD: Tiles = {
+    True: (
+        {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
+    ),
+    False: (
+        {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+    ),
+}
 # 32 columns: at K = 4096 one program for each multiprocessor, so that no partial sums are needed.
-DA = ({"BLOCK_M": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},)
+DA: Tiles = {
+    True: ({"BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},),
+    False: ({"BLOCK_M": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},),
+}
 DEQUANTIZE = {"BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 4}
 SUM = {"BLOCK": 1024, "num_warps": 4}
 if INTERPRET.value:
-    DOWN = ({"BLOCK_M": 32, "BLOCK_K": 32},)
-    UP_BACKWARD = ({"BLOCK_M": 16, "BLOCK_N": 32},)
-    DA = ({"BLOCK_M": 16, "BLOCK_K": 64},)
+    DOWN = dict.fromkeys(DOWN, ({"BLOCK_M": 32, "BLOCK_K": 32},))
+    UP_BACKWARD = dict.fromkeys(UP_BACKWARD, ({"BLOCK_M": 16, "BLOCK_N": 32},))
+    DA = dict.fromkeys(DA, ({"BLOCK_M": 16, "BLOCK_K": 64},))
     DEQUANTIZE = {"BLOCK_N": 32, "BLOCK_K": 64}
     SUM = {"BLOCK": 256}
 
 
-def by_rows(tiles: tuple[dict[str, int], ...], M: int) -> dict[str, int]:
-    return next((tile for tile in tiles if tile["BLOCK_M"] >= M), tiles[-1])
+def by_rows(tiles: Tiles, M: int, dtype: torch.dtype) -> dict[str, int]:
+    choices = tiles[dtype == torch.bfloat16]
+    return next((tile for tile in choices if tile["BLOCK_M"] >= M), choices[-1])
 
 
-RANKS = (16, 32, 64)
+# A main loop adds the low-rank term in steps of 16; the other kernels take a whole rank up to 32 at once.
+RANK_STEP = 16
+RANKS = (16, 32)
 
 
 def rank_block(R: int) -> int:
-    """The rank padded to one of `RANKS`; a larger one takes several steps or programs."""
+    """The rank padded to one of `RANKS`; the kernels bound by memory give a larger one several programs."""
     return next((ranks for ranks in RANKS if ranks >= R), RANKS[-1])
 
 

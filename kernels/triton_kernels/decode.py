@@ -6,7 +6,8 @@ in `peft_fast.formats`: byte = even element << 4 | odd element of the flat row-m
 contiguous in flat order, value = code[nibble] · absmax in fp32.
 
 `ALIGNED` says that blocks do not straddle rows (K % BLOCKSIZE == 0): a row is then whole bytes and whole
-blocks, bytes are read once and scales once per block. Otherwise every element finds its own byte and block.
+blocks, bytes are read once and scales once per block. Otherwise every element finds its own byte and block,
+which is slow, and main loops do not prefetch it (`num_stages=1`), which would take most of a device's memory.
 
 Multiply then add must stay two roundings, so kernels are launched with floating-point contraction off
 (`launch.OPTIONS`).

@@ -51,6 +51,6 @@ def weight_args(weight: QuantizedWeight) -> tuple[tuple[Tensor | None, ...], tup
     meta = {
         "BLOCKSIZE": weight.blocksize,
         "NESTED_BLOCKSIZE": weight.nested_blocksize,
-        "ALIGNED": weight.format != "dense" and weight.in_features % weight.blocksize == 0,
+        "ALIGNED": weight.format == "dense" or weight.in_features % weight.blocksize == 0,
     }
     return weight[:6], strides, meta

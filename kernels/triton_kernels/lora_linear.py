@@ -64,7 +64,7 @@ def linear_kernel(
     i_row, i_col = grouped_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     i_m, i_n = i_row * BLOCK_M, i_col * BLOCK_N
     b_y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i_k in tl.range(0, K, BLOCK_K, num_stages=main_stages(code, ALIGNED)):
+    for i_k in tl.range(0, K, BLOCK_K, num_stages=None if ALIGNED else 1):
         b_x = load_tile(p_x, i_m, i_k, M, K, BLOCK_M, BLOCK_K)
         b_w = decode_tile(
             weight, absmax, code, nested_absmax, nested_code, nested_offset,
@@ -185,7 +185,7 @@ def dx_kernel(
         b_a = load_tile(p_a, i_r, i_k, R, K, BLOCK_R, BLOCK_K)
         b_dx = dot(b_dz, b_a, b_dx, PRECISION)
     b_dx = drop_tile(b_dx * drop_scale, p_mask, i_m, i_k, M, K)
-    for i_n in tl.range(0, N, BLOCK_N, num_stages=main_stages(code, ALIGNED)):
+    for i_n in tl.range(0, N, BLOCK_N, num_stages=None if ALIGNED else 1):
         b_g = load_tile(p_g, i_m, i_n, M, N, BLOCK_M, BLOCK_N)
         b_w = decode_tile(
             weight, absmax, code, nested_absmax, nested_code, nested_offset,
@@ -228,7 +228,7 @@ def lora_linear(
     """As `reference.lora_linear`: (Y [M, N] in x.dtype, Z [M, R] fp32), for contiguous operands."""
     (M, K), (N, R), device = x.shape, lora_B.shape, x.device
     tensors, strides, decoding = weight_args(weight)
-    block_r, tile = configs.rank_block(R), configs.by_rows(configs.DOWN, M)
+    block_r, tile = configs.rank_block(R), configs.by_rows(configs.DOWN, M, x.dtype)
     rows, ranks = triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(R, block_r)
     split = configs.split(rows * ranks, triton.cdiv(K, tile["BLOCK_K"])) if N and R else 1
     y, z = empty((M, N), x.dtype, device), empty((M, R), torch.float32, device)
@@ -241,14 +241,14 @@ def lora_linear(
         SPLIT=split, PRECISION=precision(device), BLOCK_R=block_r, **tile,
     )  # fmt: skip
     if y.numel():
-        block_m = configs.row_block(M, x.dtype)
+        block_m = configs.row_block(M, x.dtype, decoding["ALIGNED"])
         rows = triton.cdiv(M, block_m)
         launch(
             linear_kernel, lambda meta: (rows * triton.cdiv(N, meta["BLOCK_N"]),), device,
             x, *tensors, bias, lora_B, partial, z, y,
             M, N, K, R, *strides,
             scaling,
-            SPLIT=split, PRECISION=precision(device), BLOCK_M=block_m, BLOCK_R=block_r, **decoding,
+            SPLIT=split, PRECISION=precision(device), BLOCK_M=block_m, BLOCK_R=configs.RANK_STEP, **decoding,
         )  # fmt: skip
     return y.to(x.dtype), z
 
@@ -279,18 +279,18 @@ def lora_linear_backward(
         dx = empty((M, K), x.dtype, device)
     if dx is not None and dx.numel():
         tensors, strides, decoding = weight_args(weight)
-        block_m = configs.row_block(M, x.dtype)
+        block_m = configs.row_block(M, x.dtype, decoding["ALIGNED"])
         rows = triton.cdiv(M, block_m)
         launch(
             dx_kernel, lambda meta: (rows * triton.cdiv(K, meta["BLOCK_K"]),), device,
             grad, *tensors, lora_A, dz, dropout_mask, dx,
             M, N, K, R, *strides,
             drop_scale,
-            PRECISION=precision(device), BLOCK_M=block_m, BLOCK_R=block_r, **decoding,
+            PRECISION=precision(device), BLOCK_M=block_m, BLOCK_R=configs.RANK_STEP, **decoding,
         )  # fmt: skip
     if needs.lora_A:
         d_A = empty((R, K), lora_A.dtype, device)
-        tile = configs.by_rows(configs.DA, M)
+        tile = configs.by_rows(configs.DA, M, x.dtype)
         launch(
             da_kernel, (triton.cdiv(K, tile["BLOCK_K"]), triton.cdiv(R, block_r)), device,
             dz, x, dropout_mask, d_A,
@@ -323,7 +323,7 @@ def _up_backward(
     results = [t for t in (dz, d_B, dbias) if t is not None]
     if not results:
         return
-    tile = configs.by_rows(configs.UP_BACKWARD, M)
+    tile = configs.by_rows(configs.UP_BACKWARD, M, grad.dtype)
     ranks = 1 if dz is None and d_B is None else triton.cdiv(R, block_r)
     chunks, columns, split = configs.chunks(
         triton.cdiv(N, tile["BLOCK_N"]), ranks, triton.cdiv(M, tile["BLOCK_M"])
