@@ -149,6 +149,7 @@ def test_mixed_dtypes(dtype, adapter_dtypes, stored):
     check(*operands(10, 36, 48, 6, dtype, adapter_dtypes, weight, p=0.2))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy, on the base term
 def test_large_dropped_values_do_not_leak():
     """A dropped infinity is not multiplied by zero."""
     arguments, grad = operands(
@@ -205,11 +206,7 @@ def test_rank_zero_launches_the_base_alone(launched):
     weight = make_weight("nf4", 40, 64)
     arguments, grad = operands(5, 40, 64, 0, torch.float32, [torch.float32] * 3, weight)
     run(triton_kernels, [on_device(a) for a in arguments], on_device(grad), Needs(True, True, True, False))
-    assert [name for name in launched if name in ("linear_kernel", "dx_kernel")] == [
-        "linear_kernel",
-        "dx_kernel",
-    ]
-    assert "up_backward_kernel" not in launched
+    assert launched == ["linear_kernel", "dx_kernel"]
 
 
 # ----------------------------------------------------------------------------------------------- 64-bit sizes

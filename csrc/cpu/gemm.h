@@ -27,8 +27,8 @@ struct PackedB {
   int64_t width(int64_t j) const { return cols - j > kLanes ? kTileCols : kLanes; }
   // Row p of the tile that starts at column j (a multiple of kTileCols).
   float* row(int64_t j, int64_t p) const { return data + j * depth + p * width(j); }
-  // Floats needed to hold it.
-  static int64_t size(int64_t depth, int64_t cols) { return depth * round_up(cols, kTileCols); }
+  // Floats to reserve for it: whole cache lines, as scratch is handed out.
+  static int64_t size(int64_t depth, int64_t cols) { return round_up(depth * round_up(cols, kTileCols), 16); }
 };
 
 // Element (i, j) is data[i * row + j]; row is at least round_up(cols of B, kLanes).

@@ -9,10 +9,12 @@ inline bool is_dense(const Weight& w) {
   return w.dense.data != nullptr;
 }
 
-// Decodes aligned units of kTileCols elements: a unit lies in one block and starts at a byte.
+// Decodes aligned units of kTileCols elements: a unit lies in one block and starts at a byte. Made of a dense
+// weight, it decodes nothing.
 class UnitDecoder {
  public:
-  explicit UnitDecoder(const FourBit& w) : w_(w), table_(load_table(w.code)) {}
+  // A dense weight has no table; its decoder is never asked for values.
+  explicit UnitDecoder(const FourBit& w) : w_(w), table_(w.code != nullptr ? load_table(w.code) : Table{}) {}
 
   // The code values of the unit at flat element i.
   void codes(int64_t i, V& first, V& second) const { lookup(w_.packed + i / 2, table_, first, second); }
