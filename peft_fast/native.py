@@ -41,6 +41,11 @@ def levels() -> tuple[str, ...]:
     return tuple(level for level in LEVELS if torch.ops.peft_fast_cpu.level_available(level))
 
 
+def pack_mask(keep: Tensor) -> Tensor:
+    """As `reference.pack_mask`, on the CPU."""
+    return torch.ops.peft_fast_cpu.pack_mask(keep)
+
+
 class Level:
     """One instruction-set level as a backend; "" is the best one of this machine."""
 

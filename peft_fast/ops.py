@@ -247,6 +247,12 @@ def _fake_lora_linear_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Ten
     return tuple(_or_empty(g if needed else None, x) for g, needed in zip(grads, needs, strict=True))
 
 
+def _dropout_mask(x: Tensor, p: float) -> Tensor:
+    keep = reference.draw_mask(x, p)
+    pack = native.pack_mask if x.device.type == "cpu" and native.load_error() is None else reference.pack_mask
+    return pack(keep.contiguous())
+
+
 def _fake_dropout_mask(x: Tensor, p: float) -> Tensor:
     K = x.shape[-1]
     return x.new_empty((x.numel() // K, (K + 7) // 8), dtype=torch.uint8)
@@ -254,7 +260,7 @@ def _fake_dropout_mask(x: Tensor, p: float) -> Tensor:
 
 _library.impl("lora_linear", _lora_linear, "CompositeExplicitAutograd")
 _library.impl("lora_linear_backward", _lora_linear_backward, "CompositeExplicitAutograd")
-_library.impl("dropout_mask", reference.dropout_mask, "CompositeExplicitAutograd")
+_library.impl("dropout_mask", _dropout_mask, "CompositeExplicitAutograd")
 torch.library.register_fake("peft_fast::lora_linear", _fake_lora_linear, lib=_library)
 torch.library.register_fake("peft_fast::lora_linear_backward", _fake_lora_linear_backward, lib=_library)
 torch.library.register_fake("peft_fast::dropout_mask", _fake_dropout_mask, lib=_library)

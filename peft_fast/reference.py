@@ -48,14 +48,15 @@ def dropout_scale(dropout_p: float) -> float:
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
-def dropout_mask(x: Tensor, dropout_p: float) -> Tensor:
-    """Draws the keep mask that `F.dropout(x, dropout_p)` would draw from the same generator state.
-
-    Returns uint8 [M, ⌈K/8⌉]: bit j of byte i keeps element 8i + j of its row.
-    """
+def draw_mask(x: Tensor, dropout_p: float) -> Tensor:
+    """The keep mask, bool [M, K], that `F.dropout(x, dropout_p)` would draw from the same generator state."""
     keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout_p)
-    keep = keep.reshape(-1, x.shape[-1]).to(torch.uint8)
-    keep = F.pad(keep, (0, -x.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return keep.reshape(-1, x.shape[-1])
+
+
+def pack_mask(keep: Tensor) -> Tensor:
+    """A bool mask [M, K] as uint8 [M, ⌈K/8⌉]: bit j of byte i keeps element 8i + j of its row."""
+    keep = F.pad(keep.to(torch.uint8), (0, -keep.shape[-1] % 8)).unflatten(-1, (-1, 8))
     packed = keep[..., 0].clone()
     for bit in range(1, 8):
         packed |= keep[..., bit] << bit
@@ -63,7 +64,7 @@ def dropout_mask(x: Tensor, dropout_p: float) -> Tensor:
 
 
 def unpack_mask(mask: Tensor, K: int) -> Tensor:
-    """The bool mask [M, K] that `dropout_mask` packed."""
+    """The bool mask [M, K] that `pack_mask` packed."""
     bits = torch.arange(8, dtype=torch.uint8, device=mask.device)
     return (mask.unsqueeze(-1) >> bits & 1).flatten(-2)[:, :K].bool()
 

@@ -51,7 +51,7 @@ class Case:
         self.x, self.grad = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
         self.A, self.B = (torch.randn(R, K) / K**0.5).to(a_dtype), (torch.randn(N, R) / 4).to(b_dtype)
         self.bias = torch.randn(N).to(bias_dtype)
-        self.mask = reference.dropout_mask(self.x, dropout_p) if dropout_p else None
+        self.mask = torch.ops.peft_fast.dropout_mask(self.x, dropout_p) if dropout_p else None
 
     def results(self, backend, double=False):
         x, grad, bias, A, B = (

@@ -95,7 +95,7 @@ def operands(M, N, K, R, dtype, adapter_dtypes, weight, p=0.0):
     a, b, c = adapter_dtypes
     x, grad = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
     lora_A, lora_B = (torch.randn(R, K) / K**0.5).to(a), torch.randn(N, R).to(b)
-    mask = reference.dropout_mask(x, p) if p else None
+    mask = torch.ops.peft_fast.dropout_mask(x, p) if p else None
     return (x, weight, torch.randn(N).to(c), lora_A, lora_B, mask, 0.7, p), grad
 
 

@@ -42,7 +42,7 @@ class Tile(NamedTuple):
         return triton.Config(sizes, num_warps=self.warps, num_stages=self.stages)
 
 
-MAIN_LOOP = (
+MAIN_LOOP: tuple[Tile, ...] = (
     # A few rows: bound by the weight's bytes. Narrow columns give every multiprocessor a program at
     # N = 4096, wide ones read longer runs of a row.
     Tile(16, 32, 128, 4, 4, straddling=True),
@@ -137,7 +137,8 @@ def by_rows(tiles: Tiles, M: int, dtype: torch.dtype) -> dict[str, int]:
     return next((tile for tile in choices if tile["BLOCK_M"] >= M), choices[-1])
 
 
-# A main loop adds the low-rank term in steps of 16; the other kernels take a whole rank up to 32 at once.
+# A main loop adds the low-rank term in steps of 16; the other kernels take ranks up to 32 at once, which fits
+# their registers on every target.
 RANK_STEP = 16
 RANKS = (16, 32)
 

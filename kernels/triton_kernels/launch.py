@@ -45,7 +45,7 @@ def precision(device: torch.device) -> str:
     return "tf32x3" if device.type == "cuda" and torch.version.hip is None else "ieee"
 
 
-def weight_args(weight: QuantizedWeight) -> tuple[tuple[Tensor | None, ...], tuple[int, int], dict[str, Any]]:
+def weight_args(weight: QuantizedWeight) -> tuple[tuple[Tensor | None, ...], tuple[int, ...], dict[str, Any]]:
     """The tensors, the dense strides (n, k) and the constexprs that `decode_tile` takes."""
     strides = weight.weight.stride() if weight.format == "dense" else (0, 0)
     meta = {
