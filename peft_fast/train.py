@@ -181,9 +181,8 @@ def _make_fast(config: TrainConfig, model: Any, console: Console) -> dict[str, A
     Raises:
         UnsupportedLayer: no layer can be fused; the message says why.
     """
-    switched_off = base_models.protect_from_repacking(model)
     if config.stock:
-        if switched_off:
+        if switched_off := base_models.protect_from_repacking(model):
             console.print(
                 f"Stock: bitsandbytes' CPU repacking is switched off in {switched_off} layers; the first "
                 "evaluation would repack their weights in place, and training would get no gradient after it."
