@@ -110,7 +110,7 @@ DOWN: Tiles = {
 UP_BACKWARD: Tiles = {
     True: (
         {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2},
-        {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
+        {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2},
     ),
     False: (
         {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
