@@ -39,3 +39,18 @@ def backends() -> list[str]:
 @pytest.fixture(params=backends())
 def backend(request):
     return request.param
+
+
+@pytest.fixture(params=["dense", "nf4"])
+def kind(request):
+    """The base of a model from `peft_models`."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tiny models: a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -164,3 +164,21 @@ def assert_same_model(
             assert plain[name] is None, name
         else:
             assert_as_exact(name, got[name], plain[name], value)
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Random activations [*shape, WIDTH]; [3, 5, WIDTH] for no shape."""
+    return torch.randn(*(shape or (3, 5)), WIDTH).to(dtype)
+
+
+def one_layer(kind: str, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
+    """An accelerated LoRA layer [HIDDEN, WIDTH] alone."""
+    return lora_layers(accelerated(stock_net(kind, dtype, **options)))[0]
+
+
+def repacking(model: nn.Module) -> nn.Module:
+    """Lets bitsandbytes repack, as it does by default on a CPU with AVX512_BF16."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = True
+    return model

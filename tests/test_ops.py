@@ -140,6 +140,14 @@ def test_gradcheck_of_the_formula():
     )
 
 
+def test_a_second_derivative_is_refused():
+    x = torch.randn(3, 64, requires_grad=True)
+    y = lora_linear(x, make_weight("nf4", 32, 64), torch.randn(4, 64), torch.randn(32, 4))
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_opcheck(backend, format):
     case = Case.make(format, (2, 3), 64, 32, 4, dropout_p=0.3).on(backend)

@@ -9,8 +9,8 @@ import torch
 
 FACTOR = 2.0
 
-# For results that plain PyTorch happens to hit exactly: one rounding of a half result (its sums are fp32), and in
-# fp32 the few units by which the order of a short sum with some cancellation moves it.
+# For results that plain PyTorch happens to hit exactly: one rounding of a half result (its sums are fp32),
+# and in fp32 the few units by which the order of a short sum with some cancellation moves it.
 FLOOR = {torch.float32: 2.0**-21, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 2.0**-50}
 
 

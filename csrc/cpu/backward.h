@@ -9,10 +9,15 @@
 
 namespace peft_fast::PEFT_FAST_LEVEL {
 
-constexpr int64_t kInBlock = 128;    // columns of a dX panel
 constexpr int64_t kTokenBlock = 24;  // tokens of one dZ item
 constexpr int64_t kGradBlock = 48;   // rows of one dB item
 constexpr int64_t kStripe = 256;     // columns of a dX item when there are few rows
+
+// Columns of a dX panel: narrower ones leave a small weight enough items to share evenly. The bits do not
+// depend on it.
+inline int64_t in_block(int64_t K) {
+  return K <= 1024 ? 64 : 128;
+}
 
 // dz [M][dz_row] = scaling · dY · lora_B; b_packed is lora_B (depth N).
 inline void grad_z(const Backward& b, PackedB b_packed, float* dz, int64_t dz_row) {
@@ -66,15 +71,15 @@ inline void grad_B_and_bias(const Backward& b, PackedB z_packed) {
 
 // d_A [R, K] = dZᵀ · drop(x).
 inline void grad_A(const Backward& b, const float* dz, int64_t dz_row) {
-  const int64_t K = b.weight.K, R = b.R;
-  parallel_for(0, blocks(K, kInBlock), grain(kInBlock * b.M * (R + 4)), [&](int64_t begin, int64_t end) {
-    Carver local(local_scratch(kInBlock * (kSteps + R + 1)));
-    float* const x = local.take(kInBlock * kSteps);
-    float* const row = local.take(kInBlock);
-    const MatrixC c{local.take(R * kInBlock), kInBlock};
+  const int64_t K = b.weight.K, R = b.R, width = in_block(K);
+  parallel_for(0, blocks(K, width), grain(width * b.M * (R + 4)), [&](int64_t begin, int64_t end) {
+    Carver local(local_scratch(width * (kSteps + R + 1)));
+    float* const x = local.take(width * kSteps);
+    float* const row = local.take(width);
+    const MatrixC c{local.take(R * width), width};
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t k0 = item * kInBlock, k = min(kInBlock, K - k0);
-      std::memset(c.data, 0, R * kInBlock * sizeof(float));
+      const int64_t k0 = item * width, k = min(width, K - k0);
+      std::memset(c.data, 0, R * width * sizeof(float));
       for (int64_t m0 = 0; m0 < b.M; m0 += kSteps) {
         const int64_t rows = min(kSteps, b.M - m0);
         const PackedB x_packed{x, rows, k};
@@ -86,7 +91,7 @@ inline void grad_A(const Backward& b, const float* dz, int64_t dz_row) {
         }
         gemm(R, rows, {dz + m0 * dz_row, 1, dz_row}, x_packed, 0, c, true);
       }
-      for (int64_t r = 0; r < R; ++r) from_float(c.data + r * kInBlock, k, b.d_A, r * K + k0);
+      for (int64_t r = 0; r < R; ++r) from_float(c.data + r * width, k, b.d_A, r * K + k0);
     }
   });
 }
@@ -119,7 +124,7 @@ inline void store_grad_x(const Backward& b, int64_t m0, int64_t rows, int64_t k0
 // dx for tokens [m0, m0 + rows).
 inline void grad_x_superblock(const Backward& b, int64_t m0, int64_t rows, const float* dz, int64_t dz_row,
                               float* g_packed) {
-  const int64_t N = b.weight.N, K = b.weight.K, R = b.R, g_row = kPanelRow;
+  const int64_t N = b.weight.N, K = b.weight.K, R = b.R, g_row = kPanelRow, width = in_block(K);
   // dY in chunks of columns: chunk c is [rows][g_row].
   parallel_for(0, blocks(N, kSteps), grain(kSteps * rows), [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -128,20 +133,20 @@ inline void grad_x_superblock(const Backward& b, int64_t m0, int64_t rows, const
         to_float(b.grad, (m0 + m) * N + n0, n, g_packed + (chunk * rows + m) * g_row);
     }
   });
-  parallel_for(0, blocks(K, kInBlock), grain(kInBlock * N), [&](int64_t begin, int64_t end) {
-    const int64_t c_row = kInBlock + kPad;
-    Carver local(local_scratch(kInBlock * (kSteps + R) + (rows + kTokenBlock) * c_row));
-    float* const panel_data = local.take(kInBlock * kSteps);
-    float* const a_data = local.take(kInBlock * R);
+  parallel_for(0, blocks(K, width), grain(panel_work(width * N, rows)), [&](int64_t begin, int64_t end) {
+    const int64_t c_row = width + kPad;
+    Carver local(local_scratch(width * (kSteps + R) + (rows + kTokenBlock) * c_row));
+    float* const panel_data = local.take(width * kSteps);
+    float* const a_data = local.take(width * R);
     float* const low_rank = local.take(kTokenBlock * c_row);
     const MatrixC c{local.take(rows * c_row), c_row};
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t k0 = item * kInBlock, cols = min(kInBlock, K - k0);
+      const int64_t k0 = item * width, cols = min(width, K - k0);
       for (int64_t n0 = 0; n0 < N; n0 += kSteps) {
         const PackedB panel{panel_data, min(kSteps, N - n0), cols};
-        const int64_t next = n0 + kSteps < N ? (n0 + kSteps) * K + k0 : k0 + kInBlock;
+        const int64_t next = n0 + kSteps < N ? (n0 + kSteps) * K + k0 : k0 + width;
         for (int64_t i = 0; i < panel.depth; ++i) {
-          prefetch(b.weight, next + i * K, kInBlock);
+          prefetch(b.weight, next + i * K, width);
           pack_decoded(b.weight, (n0 + i) * K + k0, panel, i);
         }
         const float* g = g_packed + n0 / kSteps * rows * g_row;

@@ -26,10 +26,15 @@ inline int64_t superblock(int64_t M, int64_t width) {
   return round_up(blocks(M, blocks(M, most)), kTileCols);
 }
 
-// Items of `work` multiply-adds or moves each that one thread should take at least: below that, waking
-// another thread costs more than it saves.
+// Items of `work` moves each that one thread should take at least: below that, waking another thread costs
+// more than it saves.
 inline int64_t grain(int64_t work) {
-  return blocks(1 << 18, work + 1);
+  return blocks(1 << 16, work + 1);
+}
+
+// The work of decoding `values` and multiplying each with a vector of `rows`.
+inline int64_t panel_work(int64_t values, int64_t rows) {
+  return values * (1 + rows / kLanes);
 }
 
 // Hands out parts of one scratch allocation, each a multiple of 16 floats.
@@ -123,33 +128,34 @@ inline void forward_superblock(const Forward& f, int64_t m0, int64_t rows) {
                });
   if (R > 0) low_rank_input(f, m0, rows, x_packed, z_packed);
 
-  parallel_for(0, blocks(N, kOutBlock), grain(kOutBlock * K), [&](int64_t begin, int64_t end) {
-    const int64_t yt_row = round_up(rows, kLanes) + kPad;
-    Carver local(local_scratch(kOutBlock * (kPanelRow + yt_row + round_up(R, 16) + kTileCols + 1)));
-    float* const panel = local.take(kOutBlock * kPanelRow);
-    float* const lora_B = local.take(kOutBlock * R);
-    float* const staging = local.take(kOutBlock * kTileCols);
-    float* const bias = f.bias.data != nullptr ? local.take(kOutBlock) : nullptr;
-    const MatrixC yt{local.take(kOutBlock * yt_row), yt_row};
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t n0 = item * kOutBlock, n = min(kOutBlock, N - n0);
-      for (int64_t k0 = 0; k0 < K; k0 += kSteps) {
-        const int64_t depth = min(kSteps, K - k0);
-        const int64_t next = k0 + kSteps < K ? n0 * K + k0 + kSteps : (n0 + kOutBlock) * K;
-        for (int64_t i = 0; i < n; ++i) {
-          prefetch(f.weight, next + i * K, kSteps);
-          decode(f.weight, (n0 + i) * K + k0, depth, panel + i * kPanelRow);
+  parallel_for(
+      0, blocks(N, kOutBlock), grain(panel_work(kOutBlock * K, rows)), [&](int64_t begin, int64_t end) {
+        const int64_t yt_row = round_up(rows, kLanes) + kPad;
+        Carver local(local_scratch(kOutBlock * (kPanelRow + yt_row + round_up(R, 16) + kTileCols + 1)));
+        float* const panel = local.take(kOutBlock * kPanelRow);
+        float* const lora_B = local.take(kOutBlock * R);
+        float* const staging = local.take(kOutBlock * kTileCols);
+        float* const bias = f.bias.data != nullptr ? local.take(kOutBlock) : nullptr;
+        const MatrixC yt{local.take(kOutBlock * yt_row), yt_row};
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t n0 = item * kOutBlock, n = min(kOutBlock, N - n0);
+          for (int64_t k0 = 0; k0 < K; k0 += kSteps) {
+            const int64_t depth = min(kSteps, K - k0);
+            const int64_t next = k0 + kSteps < K ? n0 * K + k0 + kSteps : (n0 + kOutBlock) * K;
+            for (int64_t i = 0; i < n; ++i) {
+              prefetch(f.weight, next + i * K, kSteps);
+              decode(f.weight, (n0 + i) * K + k0, depth, panel + i * kPanelRow);
+            }
+            gemm(n, depth, {panel, kPanelRow, 1}, x_packed, k0, yt, k0 > 0);
+          }
+          if (R > 0) {
+            to_float(f.lora_B, n0 * R, n * R, lora_B, f.scaling);
+            gemm(n, R, {lora_B, R, 1}, z_packed, 0, yt, true);
+          }
+          if (bias != nullptr) to_float(f.bias, n0, n, bias);
+          store_transposed(f, m0, rows, n0, n, yt.data, yt_row, bias, staging);
         }
-        gemm(n, depth, {panel, kPanelRow, 1}, x_packed, k0, yt, k0 > 0);
-      }
-      if (R > 0) {
-        to_float(f.lora_B, n0 * R, n * R, lora_B, f.scaling);
-        gemm(n, R, {lora_B, R, 1}, z_packed, 0, yt, true);
-      }
-      if (bias != nullptr) to_float(f.bias, n0, n, bias);
-      store_transposed(f, m0, rows, n0, n, yt.data, yt_row, bias, staging);
-    }
-  });
+      });
 }
 
 // out[m] = x[m] · w for M rows x [M][x_row] and one row w [n].
