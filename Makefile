@@ -2,6 +2,7 @@
 # make test       every test
 # make lint       ruff, ruff format, clang-format, mypy
 # make bench      lora_linear against dense and PEFT + bitsandbytes
+# make gpu        on a GPU machine, with the Python and torch it has: GPU tests and timings, written to OUT
 # make aot        compile every Triton kernel ahead of time and check the committed table (no GPU needed)
 
 PYTHON ?= python3
@@ -15,7 +16,10 @@ export TOKENIZERS_PARALLELISM ?= false
 
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
 
-.PHONY: install finetune test lint bench aot clean
+OUT    ?= bench/results
+GPU_PYTHON ?= python3
+
+.PHONY: install finetune test lint bench gpu aot clean
 
 install: $(VENV)/.installed
 
@@ -46,6 +50,15 @@ lint: install
 
 bench: install
 	$(BIN)/python bench/lora_linear.py $(ARGS)
+
+gpu:
+	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(GPU_PYTHON) -m peft_fast.cli info --self-test
+	$(GPU_PYTHON) -m pytest -q tests/test_ops.py tests/test_formats.py tests/test_modules.py tests/test_triton.py
+	for shape in "4096 4096" "14336 4096" "4096 14336"; do \
+	  $(GPU_PYTHON) bench/lora_linear.py --device cuda --dtype bfloat16 --shape $$shape \
+	    --rows 1 16 128 512 2048 8192 --csv $(OUT)/lora_linear.csv || exit 1; \
+	done
 
 aot: install
 	$(BIN)/python bench/aot.py --check $(ARGS)

@@ -1,6 +1,8 @@
-"""The default task: sentences of the standard library, split without leaks, the same in every process."""
+"""Tasks: the default one has no leaks and is the same in every process; files are read as written."""
 
 import collections
+import csv
+import json
 import os
 import random
 import subprocess
@@ -9,6 +11,7 @@ import sys
 import pytest
 
 from peft_fast import tasks
+from peft_fast.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +84,16 @@ def test_swap_changes_one_adjacent_pair_of_plain_words():
         assert (after[i], after[i + 1]) == (before[i + 1], before[i])
         assert before[i].isalpha()
         assert before[i + 1].isalpha()
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_texts_may_hold_line_separators(tmp_path, suffix):
+    texts = ["two\nlines", "a\u2028separator", 'a\x0btab, quoted "so"']
+    path = tmp_path / f"rows.{suffix}"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        if suffix == "csv":
+            csv.writer(file).writerows([("text", "label"), *((text, "1") for text in texts)])
+        else:
+            file.writelines(json.dumps({"text": t, "label": 1}, ensure_ascii=False) + "\n" for t in texts)
+    config = TrainConfig(task="classification", data=str(path))
+    assert tasks._labelled_rows("data", str(path), config) == [(text, "1") for text in texts]
