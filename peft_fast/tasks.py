@@ -30,7 +30,7 @@ Features = dict[str, list[int] | int]
 
 TRAIN_SENTENCES, EVAL_SENTENCES = 8000, 640
 EVAL_SHARE = 0.1
-SENTENCE_WORDS = range(6, 33)
+SENTENCE_WORDS = range(6, 23)
 # Not on every installation, or gone in newer versions of Python: without them the data sets differ less.
 SKIPPED_FOLDERS = {
     "test",
