@@ -36,14 +36,7 @@ from peft_fast import BackendUnavailable, LoRALinear, UnsupportedLayer, accelera
 
 STOCK_CLASS = {"dense": peft_lora.Linear, "nf4": peft_bnb.Linear4bit}
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings(
-        "ignore:Merge lora module to 4-bit",
-        "ignore:Unmerge lora module to 4-bit",
-        "ignore:Already unmerged",
-    ),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ----------------------------------------------------------------------------------------- saving and copying

@@ -29,14 +29,7 @@ from transformers import WavLMConfig, WavLMModel
 from peft_fast import UnsupportedLayer, accelerate
 from peft_fast.formats import from_linear
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings(
-        "ignore:Merge lora module to 4-bit",
-        "ignore:Unmerge lora module to 4-bit",
-        "ignore:.*was active which is now deleted",
-    ),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_dx_includes_the_dropout_mask(kind):

@@ -22,14 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_fast.formats import from_linear
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings(
-        "ignore:Merge lora module to 4-bit",
-        "ignore:Unmerge lora module to 4-bit",
-        "ignore:.*was active which is now deleted",
-    ),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_backward_twice_and_x_unchanged(kind):

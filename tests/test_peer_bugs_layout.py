@@ -25,14 +25,7 @@ from torch import nn
 from peft_fast import UnsupportedWeight, accelerate, lora_linear
 from peft_fast.formats import BLOCK_SIZES, from_linear
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings(
-        "ignore:Merge lora module to 4-bit",
-        "ignore:Unmerge lora module to 4-bit",
-        "ignore:.*was active which is now deleted",
-    ),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_strided_inputs(kind):

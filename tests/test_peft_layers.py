@@ -19,14 +19,7 @@ from peft_fast import explain
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings(
-        "ignore:Merge lora module to 4-bit",
-        "ignore:Unmerge lora module to 4-bit",
-        "ignore:Already unmerged",
-    ),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ------------------------------------------------------------------------------------------------ the forward
