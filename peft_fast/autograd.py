@@ -4,75 +4,140 @@ lora_linear saves X (alive in the graph anyway), Z [M, R] fp32, the bit-packed d
 the packed weight and the adapters: beyond X that is 4·M·R bytes plus M·K/8 with dropout. Nothing of size
 [M, N] or [N, K], and no copy of X in another dtype.
 
-The formula is an `autograd.Function` registered at the op's Autograd key. `torch.library.register_autograd`
-does the same, but walks the schema of the op at every call, which costs more than a small layer.
+The formula is an `autograd.Function`. In plain eager it is applied as it is; whatever has to see a
+dispatcher op (`ops.runs_directly` decides) finds it registered at the op's Autograd key, where
+`torch.library.register_autograd` would walk the schema at every call, which costs more than a small layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import ops
 from .formats import QuantizedWeight
-from .ops import WEIGHT_FIELDS, _library
+from .ops import WEIGHT_FIELDS
+from .reference import Gradients, Needs
 
 _WEIGHT_TENSORS = sum(t == "Tensor" or t == "Tensor | None" for t in QuantizedWeight.__annotations__.values())
-_NO_WEIGHT_GRAD = (None,) * WEIGHT_FIELDS
+
+Run = Callable[..., tuple[Tensor, Tensor]]
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Arguments and results of the op; differentiable in x, bias, lora_A and lora_B, and in Y alone."""
+    """Arguments of `ops.lora_linear` after the function that runs it; differentiable in Y alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        y, z = _below_autograd(x, *args)
-        weight, rest = args[:WEIGHT_FIELDS], args[WEIGHT_FIELDS:]
-        bias, lora_A, lora_B, dropout_mask, scaling, dropout_p, backend = rest
+    def forward(
+        ctx: Any,
+        run: Run,
+        x: Tensor,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        dropout_mask: Tensor | None,
+        *scalars: Any,
+    ) -> tuple[Tensor, Tensor]:
+        y, z = run(x, weight, bias, lora_A, lora_B, dropout_mask, *scalars)
         ctx.mark_non_differentiable(z)
-        ctx.save_for_backward(x, *weight[:_WEIGHT_TENSORS], lora_A, lora_B, z, dropout_mask)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, lora_A, lora_B, z, dropout_mask, *_tensors(weight))
         ctx.weight_meta = weight[_WEIGHT_TENSORS:]
         ctx.bias_dtype = bias.dtype if bias is not None else None
-        ctx.scalars = (scaling, dropout_p)
-        ctx.backend = backend
+        ctx.scalars = scalars
         return y, z
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _grad_z: Tensor) -> tuple[Any, ...]:
-        x, *saved = ctx.saved_tensors
-        weight = (*saved[:_WEIGHT_TENSORS], *ctx.weight_meta)
-        lora_A, lora_B, z, dropout_mask = saved[_WEIGHT_TENSORS:]
-        needs = ctx.needs_input_grad
-        needs_x, (needs_bias, needs_A, needs_B) = needs[0], needs[1 + WEIGHT_FIELDS : 4 + WEIGHT_FIELDS]
-        dx, d_A, d_B, dbias = torch.ops.peft_fast.lora_linear_backward(
-            grad, x, *weight, lora_A, lora_B, z, dropout_mask, *ctx.scalars,
-            needs_x, needs_A, needs_B, needs_bias, ctx.backend,
+    def backward(ctx: Any, grad: Tensor | None, _grad_z: None) -> tuple[Tensor | None, ...]:
+        _, needs_x, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x, lora_A, lora_B, z, dropout_mask, *weight = ctx.saved_tensors
+        dx, d_A, d_B, dbias = _lora_linear_backward(
+            grad, x, QuantizedWeight(*weight, *ctx.weight_meta), lora_A, lora_B, z, dropout_mask,
+            Needs(needs_x, needs_A, needs_B, needs_bias), *ctx.scalars,
         )  # fmt: skip
-        return (
-            dx if needs_x else None,
-            *_NO_WEIGHT_GRAD,
-            dbias.to(ctx.bias_dtype) if needs_bias else None,
-            d_A if needs_A else None,
-            d_B if needs_B else None,
-            None,
-            None,
-            None,
-            None,
-        )
+        if dbias is not None:
+            dbias = dbias.to(ctx.bias_dtype)
+        return None, dx, None, dbias, d_A, d_B, None, None, None, None
 
 
-def _below_autograd(*args: Any) -> tuple[Tensor, Tensor]:
+def _lora_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: QuantizedWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    z: Tensor,
+    dropout_mask: Tensor | None,
+    needs: Needs,
+    scaling: float,
+    dropout_p: float,
+    backend: str,
+) -> Gradients:
+    if ops.runs_directly((grad, x, lora_A, lora_B), (z, dropout_mask, *_tensors(weight))):
+        with torch._C._AutoDispatchBelowAutograd():
+            return ops.lora_linear_backward(
+                grad, x, weight, lora_A, lora_B, z, dropout_mask, scaling, dropout_p, needs, backend
+            )
+    grads = torch.ops.peft_fast.lora_linear_backward(
+        grad, x, *weight, lora_A, lora_B, z, dropout_mask, scaling, dropout_p, *needs, backend
+    )
+    return Gradients(*(g if needed else None for g, needed in zip(grads, needs, strict=True)))
+
+
+def lora_linear(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    dropout_mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    backend: str,
+) -> Tensor:
+    """Y of `ops.lora_linear`, differentiable: by plain calls, or as a dispatcher op where it must be one."""
+    operands = (x, lora_A, lora_B) if bias is None else (x, lora_A, lora_B, bias)
+    if not ops.runs_directly(operands, (dropout_mask, *_tensors(weight))):
+        return torch.ops.peft_fast.lora_linear(
+            x, *weight, bias, lora_A, lora_B, dropout_mask, scaling, dropout_p, backend
+        )[0]
+    args = (x, weight, bias, lora_A, lora_B, dropout_mask, float(scaling), float(dropout_p), backend)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*operands):
+        return _apply_directly(_directly, *args)[0]
+    return _directly(*args)[0]
+
+
+# `Function.apply` searches the arguments for functorch's wrappers, which `runs_directly` has excluded.
+_apply_directly = super(torch.autograd.Function, _LoraLinear).apply
+
+
+def _tensors(weight: QuantizedWeight) -> Any:
+    return weight[:_WEIGHT_TENSORS]
+
+
+def _directly(*args: Any) -> tuple[Tensor, Tensor]:
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.peft_fast.lora_linear(*args)
+        return ops.lora_linear(*args)
 
 
-def _lora_linear(*args: Any) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-        return _LoraLinear.apply(*args)
-    return _below_autograd(*args)
+def _redispatch(x: Tensor, weight: QuantizedWeight, *rest: Any) -> tuple[Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.peft_fast.lora_linear(x, *weight, *rest)
 
 
-_library.impl("lora_linear", _lora_linear, "Autograd")
+def _lora_linear_op(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    weight, rest = QuantizedWeight(*args[:WEIGHT_FIELDS]), args[WEIGHT_FIELDS:]
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, *rest):
+        return _LoraLinear.apply(_redispatch, x, weight, *rest)
+    return _redispatch(x, weight, *rest)
+
+
+ops._library.impl("lora_linear", _lora_linear_op, "Autograd")

@@ -191,8 +191,10 @@ def from_bitsandbytes(weight: Tensor, quant_state: Any) -> QuantizedWeight:
         )
     nested = quant_state.state2
     n, k = quant_state.shape
+    with torch._C.DisableTorchFunctionSubclass():  # Params4bit's override costs more than these views
+        packed = weight.data.view(torch.uint8).reshape(-1)
     return QuantizedWeight(
-        weight.data.view(torch.uint8).reshape(-1),
+        packed,
         quant_state.absmax,
         quant_state.code,
         nested.absmax if nested is not None else None,
@@ -214,9 +216,10 @@ def from_linear(layer: nn.Linear) -> QuantizedWeight:
     """
     weight = layer.weight
     quant_state = getattr(weight, "quant_state", None)
+    attributes = vars(layer)  # nn.Module's getattr is slow where nothing is found
     if quant_state is None:
-        quant_state = getattr(layer, "quant_state", None)
-    if quant_state is not None or hasattr(layer, "quant_state"):
+        quant_state = attributes.get("quant_state")
+    if quant_state is not None or "quant_state" in attributes:
         return from_bitsandbytes(weight, quant_state)
     return from_dense(weight)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import autograd as autograd  # registers the formulas
-from . import ops
+from . import autograd, ops
 from .formats import QuantizedWeight, from_dense
 
 
@@ -60,7 +59,6 @@ def lora_linear(
     mask = None
     if training and dropout_p > 0.0:
         mask = torch.ops.peft_fast.dropout_mask(x, dropout_p)
-    y, _ = torch.ops.peft_fast.lora_linear(
-        x, *weight, bias, lora_A, lora_B, mask, scaling, dropout_p if mask is not None else 0.0, backend
+    return autograd.lora_linear(
+        x, weight, bias, lora_A, lora_B, mask, scaling, dropout_p if mask is not None else 0.0, backend
     )
-    return y

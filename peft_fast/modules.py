@@ -79,7 +79,7 @@ def fused_lora_forward(
     result back to the dtype x came in; autocast wins over `compute_dtype`.
     """
     dtype = x.dtype
-    compute_dtype = getattr(base, "compute_dtype", None)
+    compute_dtype = vars(base).get("compute_dtype")  # nn.Module's getattr is slow where nothing is found
     if compute_dtype is not None:
         x = x.to(compute_dtype)
     y = lora_linear(
@@ -94,7 +94,7 @@ def fused_lora_forward(
         training=training,
         backend=backend,
     )
-    return y.to(dtype) if is_linear4bit(base) else y
+    return y.to(dtype) if y.dtype != dtype and is_linear4bit(base) else y
 
 
 class LoRALinear(nn.Module):

@@ -138,6 +138,30 @@ def _backend(op: str, weight: QuantizedWeight, x: Tensor, backend: str) -> Any:
 # ------------------------------------------------------------------------------------------------ checks
 
 
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN_OR_NONE = _PLAIN | {type(None)}
+
+
+def runs_directly(operands: tuple[Tensor, ...], frozen: tuple[Tensor | None, ...]) -> bool:
+    """Whether an op may be called as a plain function, since nothing has to see it in the dispatcher.
+
+    True in eager mode on plain tensors: a small layer is then spared round trips that cost more than its
+    arithmetic. False under a compiler, tracer, mode or functorch transform, for tensor subclasses, and for
+    operands that the dispatcher would unwrap (left behind by a transform) or materialize (lazily negated).
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or not _PLAIN.issuperset(map(type, operands))
+        or not _PLAIN_OR_NONE.issuperset(map(type, frozen))
+        or any(map(torch._C._functorch.is_functorch_wrapped_tensor, operands))
+        or any(map(Tensor.is_neg, operands))
+    )
+
+
 def check_probability(argument: str, p: float) -> None:
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{argument}: expected a probability in [0, 1], got {p}")
@@ -163,26 +187,25 @@ def check_lora_linear(
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != N):
         raise ValueError(f"bias: expected [N] = [{N}], got {list(bias.shape)}")
     check_probability("dropout_p", dropout_p)
+    device = weight.weight.device
     for name, tensor in (("x", x), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
         if tensor is None:
             continue
-        if not tensor.dtype.is_floating_point:
+        if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
-        if tensor.device != weight.weight.device:
-            raise ValueError(
-                f"{name}: expected device {weight.weight.device} (the weight's), got {tensor.device}"
-            )
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected device {device} (the weight's), got {tensor.device}")
 
 
 # ------------------------------------------------------------------------------- implementations and fakes
 
 
 def _as_given(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs an op's implementation with autocast off: casting is decided before the op, not inside it."""
+    """Runs an implementation with autocast off: casting is decided before the op, not inside it."""
 
     @functools.wraps(op)
     def run(x: Tensor, *args: Any) -> Any:
-        if not torch.is_autocast_enabled(x.device.type):
+        if not torch._C._is_any_autocast_enabled():
             return op(x, *args)
         with torch.autocast(x.device.type, enabled=False):
             return op(x, *args)
@@ -190,25 +213,48 @@ def _as_given(op: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+_unsafe_view = torch.ops.aten._unsafe_view.default  # as `F.linear` reshapes its result
+
+
 @_as_given
-def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    weight, rest = QuantizedWeight(*args[:WEIGHT_FIELDS]), args[WEIGHT_FIELDS:]
-    bias, lora_A, lora_B, dropout_mask, scaling, dropout_p, backend = rest
+def lora_linear(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    dropout_mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Checks, picks a backend and runs it: (Y [..., N], Z [M, R] fp32) of x [..., K]; not differentiable."""
     check_lora_linear(x, weight, bias, lora_A, lora_B, dropout_p)
-    rows = x.reshape(-1, weight.in_features).contiguous()
+    rows = _rows(x, weight.in_features)
     y, z = _backend("lora_linear", weight, x, backend).lora_linear(
         rows, weight, bias, lora_A.contiguous(), lora_B.contiguous(), dropout_mask, scaling, dropout_p
     )
-    return y.view(*x.shape[:-1], weight.out_features), z
+    return _unflatten_rows(y, x), z
 
 
 @_as_given
-def _lora_linear_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    weight, rest = QuantizedWeight(*args[:WEIGHT_FIELDS]), args[WEIGHT_FIELDS:]
-    lora_A, lora_B, z, dropout_mask, scaling, dropout_p, *needs, backend = rest
+def lora_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: QuantizedWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    z: Tensor,
+    dropout_mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    needs: Needs,
+    backend: str,
+) -> Gradients:
+    """The gradients that `needs` names, dX in the shape of x; grad [..., N], and z of `lora_linear`."""
     grads = _backend("lora_linear_backward", weight, x, backend).lora_linear_backward(
-        grad.reshape(-1, weight.out_features).contiguous(),
-        x.reshape(-1, weight.in_features).contiguous(),
+        _rows(grad, weight.out_features),
+        _rows(x, weight.in_features),
         weight,
         lora_A.contiguous(),
         lora_B.contiguous(),
@@ -216,10 +262,32 @@ def _lora_linear_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, 
         dropout_mask,
         scaling,
         dropout_p,
-        Needs(*needs),
+        needs,
     )
-    dx = grads.x.view(x.shape) if grads.x is not None else None
-    return tuple(_or_empty(g, x) for g in (dx, *grads[1:]))
+    return grads if grads.x is None else grads._replace(x=_unflatten_rows(grads.x, x))
+
+
+def _rows(x: Tensor, features: int) -> Tensor:
+    """x [..., features] as a contiguous matrix [M, features]."""
+    return (x if x.dim() == 2 else x.reshape(-1, features)).contiguous()
+
+
+def _unflatten_rows(y: Tensor, x: Tensor) -> Tensor:
+    """y [M, features] with the leading dimensions of x; no view, which autograd would not let be written."""
+    return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+
+
+def _lora_linear_op(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return lora_linear(x, QuantizedWeight(*args[:WEIGHT_FIELDS]), *args[WEIGHT_FIELDS:])
+
+
+def _lora_linear_backward_op(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    weight, rest = QuantizedWeight(*args[:WEIGHT_FIELDS]), args[WEIGHT_FIELDS:]
+    lora_A, lora_B, z, dropout_mask, scaling, dropout_p, *needs, backend = rest
+    grads = lora_linear_backward(
+        grad, x, weight, lora_A, lora_B, z, dropout_mask, scaling, dropout_p, Needs(*needs), backend
+    )
+    return tuple(_or_empty(g, x) for g in grads)
 
 
 def _or_empty(grad: Tensor | None, like: Tensor) -> Tensor:
@@ -258,8 +326,8 @@ def _fake_dropout_mask(x: Tensor, p: float) -> Tensor:
     return x.new_empty((x.numel() // K, (K + 7) // 8), dtype=torch.uint8)
 
 
-_library.impl("lora_linear", _lora_linear, "CompositeExplicitAutograd")
-_library.impl("lora_linear_backward", _lora_linear_backward, "CompositeExplicitAutograd")
+_library.impl("lora_linear", _lora_linear_op, "CompositeExplicitAutograd")
+_library.impl("lora_linear_backward", _lora_linear_backward_op, "CompositeExplicitAutograd")
 _library.impl("dropout_mask", _dropout_mask, "CompositeExplicitAutograd")
 torch.library.register_fake("peft_fast::lora_linear", _fake_lora_linear, lib=_library)
 torch.library.register_fake("peft_fast::lora_linear_backward", _fake_lora_linear_backward, lib=_library)

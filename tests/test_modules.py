@@ -157,6 +157,28 @@ def test_moves_and_casts_like_any_module():
     assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
+def test_a_weight_that_was_replaced_is_seen_at_the_next_forward():
+    x = torch.randn(3, K)
+    layer = trained(make_base("dense"), r=4)
+    layer(x)
+    for swap in (
+        lambda base: setattr(base, "weight", nn.Parameter(torch.randn(N, K), requires_grad=False)),
+        lambda base: setattr(base.weight, "data", torch.randn(N, K)),
+        lambda base: setattr(base, "bias", None),
+        lambda base: base.bfloat16(),
+    ):
+        swap(layer.base_layer)
+        torch.testing.assert_close(layer(x), written_out(layer, x), rtol=1e-4, atol=1e-4)
+
+    layer = trained(make_base("nf4"), r=4)
+    layer(x)
+    for other in (make_base("nf4"), make_base("fp4"), make_base("nf4", compress_statistics=False)):
+        layer.base_layer.weight, layer.base_layer.quant_state = other.weight, other.quant_state
+        torch.testing.assert_close(layer(x), written_out(layer, x), rtol=1e-4, atol=1e-4)
+    layer.base_layer.weight.quant_state = None  # as FSDP leaves it; the layer's own still holds
+    torch.testing.assert_close(layer(x), written_out(layer, x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("named", "options"),
     [
