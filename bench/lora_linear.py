@@ -1,10 +1,25 @@
-"""One QLoRA linear layer, forward + backward, against the frozen dense layer and PEFT on bitsandbytes.
+"""One QLoRA linear layer against the frozen dense layer and PEFT on bitsandbytes.
 
-The providers run interleaved, so each finds the caches as the others left them; medians are printed. The
-dense layer computes dX only (its weight is frozen), the adapted ones dX, dA and dB. Outputs and gradients of
-the fused layer are compared with the reference in fp64 before anything is timed.
+Timed is a forward and a backward, the sum of both: for `dense`, Y = X·Wᵀ and dX of a frozen `nn.Linear`; for
+`peft` (PEFT's LoRA on a bitsandbytes `Linear4bit`) and `ours`, Y, dX, dA and dB over the same nested NF4
+bytes with equal fp32 adapters, no bias and no dropout. Times are host milliseconds, p20/p50/p80 of samples
+that all providers take in turns. With `--cold`, before each forward and each backward the caches are
+overwritten, then a 64 by 64 layer of the same provider runs: operands come from memory, code does not.
+`ratio` is p50 over the p50 of the faster dense dtype in the same block of rows; where it is 1.00, adapter and
+quantization cost nothing.
 
-    python bench/lora_linear.py --shape 4096 4096 --rows 1 16 512 --csv bench/results/lora_linear.csv
+Before a shape is timed, Y, dX, dA and dB of each `ours` are compared with fp64 at every M and thread count: a
+relative error may be twice that of plain PyTorch at the same dtypes (the decoded weight in the dtype of X,
+the low-rank branch in fp32), or a rounding where that is more. Otherwise the run ends.
+
+Memory: `saved` is what autograd holds for backward beyond X and the layer's own tensors; `peak` what torch's
+allocator holds at most on top of layer and operands, Y and the gradients included. `--memory` adds
+`resident`, the growth of peak resident memory over a process' first step: scratch of kernels and libraries
+shows there alone.
+
+    python bench/lora_linear.py --csv bench/results/lora_linear.csv
+    python bench/lora_linear.py --shape 384 1536 --shape 4096 4096 --rows 1 16 --threads 1 2
+    python bench/lora_linear.py --shape 384 1536 --backend cpu-avx512 cpu-avx2 cpu-scalar --dtype float32
 """
 
 from __future__ import annotations
@@ -13,163 +28,361 @@ import argparse
 import copy
 import csv
 import datetime
-import functools
-import statistics
-import time
+import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import bitsandbytes as bnb
+import measure
 import peft
 import torch
+from measure import Exactness, Memory, Step, Timing
 from torch import Tensor, nn
 
-from peft_fast import reference
+from peft_fast import ops, reference
 from peft_fast.formats import from_dense, from_linear
-from peft_fast.info import cpu_name
+from peft_fast.info import cpu_name, versions
 from peft_fast.modules import LoRALinear
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+PROVIDERS = ("dense", "peft", "ours")
+DENSE_DTYPES = ("float32", "bfloat16")
+SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (384, 1536))
+ROWS = (1, 16, 128, 512, 2048)
+RESULTS = ("y", "dX", "dA", "dB")
+SCALING = 2.0
 
 
-class Timing(NamedTuple):
-    """Percentiles of a run's milliseconds."""
+class Provider(NamedTuple):
+    """A row of the table: who computes, in which activation dtype; `backend` of ours only."""
 
-    p20: float
-    p50: float
-    p80: float
+    kind: str
+    dtype: str
+    backend: str = ""
 
-
-def quantized(dense: nn.Linear, dtype: torch.dtype) -> bnb.nn.Linear4bit:
-    """`dense` as nested NF4, on its device."""
-    N, K = dense.weight.shape
-    layer = bnb.nn.Linear4bit(
-        K, N, bias=False, compute_dtype=dtype, quant_type="nf4", compress_statistics=True
-    )
-    layer.weight = bnb.nn.Params4bit(dense.weight.data.clone(), requires_grad=False, quant_type="nf4")
-    return layer.to(dense.weight.device)
+    def __str__(self) -> str:
+        return f"{self.kind}[{self.backend}]" if self.backend else self.kind
 
 
-def peft_layer(base: bnb.nn.Linear4bit, fused: LoRALinear) -> nn.Module:
-    """PEFT's LoRA on `base`, with the adapter of `fused`."""
-    config = peft.LoraConfig(r=fused.r, lora_alpha=fused.scaling * fused.r, target_modules=["0"])
-    model = peft.get_peft_model(nn.Sequential(base), config)
-    layer = model.base_model.model[0]
-    layer.lora_A["default"].weight.data.copy_(fused.lora_A.data)
-    layer.lora_B["default"].weight.data.copy_(fused.lora_B.data)
+class Shape(NamedTuple):
+    """A layer: K in-features, N out-features, rank R, on a device."""
+
+    K: int
+    N: int
+    R: int
+    device: str
+
+
+class Operands(NamedTuple):
+    """What every provider's layer is made of: W [N, K] fp32, its NF4, A [R, K] and B [N, R] fp32."""
+
+    dense: Tensor
+    packed: bnb.nn.Params4bit
+    lora_A: Tensor
+    lora_B: Tensor
+
+
+class Row(NamedTuple):
+    """A measured provider; `ratio` is None without a dense provider, `resident` without --memory."""
+
+    provider: Provider
+    timing: Timing
+    ratio: float | None
+    errors: dict[str, Exactness]
+    memory: Memory
+    resident: int | None
+
+
+def make_operands(shape: Shape) -> Operands:
+    """The same random operands at every call."""
+    K, N, R, device = shape
+    generator = torch.Generator().manual_seed(0)
+    dense = (torch.randn(N, K, generator=generator) / K**0.5).to(device)
+    packed = bnb.nn.Params4bit(dense, requires_grad=False, quant_type="nf4", compress_statistics=True)
+    lora_A = torch.randn(R, K, generator=generator) / K**0.5
+    lora_B = torch.randn(N, R, generator=generator) / R**0.5
+    return Operands(dense, packed.to(device), lora_A.to(device), lora_B.to(device))
+
+
+def make_layer(provider: Provider, operands: Operands) -> nn.Module:
+    """The provider's layer; only the adapters are its own."""
+    dtype = DTYPES[provider.dtype]
+    if provider.kind == "dense":
+        N, K = operands.dense.shape
+        layer = nn.Linear(K, N, bias=False, device="meta")
+        layer.weight = nn.Parameter(operands.dense.to(dtype), requires_grad=False)
+        return layer
+    base, R = linear4bit(operands, dtype), operands.lora_A.shape[0]
+    if provider.kind == "ours":
+        layer = LoRALinear.from_linear(base, r=R, lora_alpha=SCALING * R, backend=provider.backend)
+        factors = layer.lora_A, layer.lora_B
+    else:
+        config = peft.LoraConfig(r=R, lora_alpha=SCALING * R, target_modules=["0"])
+        layer = peft.get_peft_model(nn.Sequential(base), config).base_model.model[0]
+        factors = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    for parameter, value in zip(factors, (operands.lora_A, operands.lora_B), strict=True):
+        parameter.data.copy_(value)
     return layer
 
 
-def step(layer: nn.Module, x: Tensor, grad: Tensor) -> None:
-    """One forward and backward; gradients are dropped before, as an optimizer would."""
-    x.grad = None
-    for parameter in layer.parameters():
-        parameter.grad = None
-    layer(x).backward(grad)
+def linear4bit(operands: Operands, dtype: torch.dtype) -> bnb.nn.Linear4bit:
+    """A view of the packed weight, with the state that a model loaded in `dtype` has."""
+    N, K = operands.dense.shape
+    state = copy.copy(operands.packed.quant_state)
+    state.dtype = dtype
+    layer = bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
+    layer.weight = bnb.nn.Params4bit(
+        operands.packed.data, quant_state=state, quant_type="nf4", bnb_quantized=True
+    )
+    return layer
 
 
-def check(layer: LoRALinear, x: Tensor, grad: Tensor) -> None:
-    """Raises AssertionError unless y, dX, dA and dB are those of the reference in fp64."""
-    weight = from_dense(from_linear(layer.base_layer).decode(torch.float64))
-    A, B, xd, g = (t.detach().double() for t in (layer.lora_A, layer.lora_B, x, grad))
-    y, z = reference.lora_linear(xd, weight, None, A, B, None, layer.scaling, 0.0)
-    needs = reference.Needs(True, True, True, False)
-    grads = reference.lora_linear_backward(g, xd, weight, A, B, z, None, layer.scaling, 0.0, needs)
-    step(layer, x, grad)
-    got = {"y": layer(x), "dX": x.grad, "dA": layer.lora_A.grad, "dB": layer.lora_B.grad}
-    truth = {"y": y, "dX": grads.x, "dA": grads.lora_A, "dB": grads.lora_B}
-    for name, value in got.items():
-        error = ((value.double() - truth[name]).norm() / truth[name].norm()).item()
-        assert error <= TOLERANCE[x.dtype], f"{name}: relative error {error:.2e} against fp64"
+def make_step(provider: Provider, layer: nn.Module, shape: Shape, M: int) -> Step:
+    """`layer` on the inputs of (M, dtype), which are the same for all providers."""
+    generator = torch.Generator().manual_seed(M)
+    x, grad = (torch.randn(M, width, generator=generator) for width in (shape.K, shape.N))
+    x, grad = (t.to(shape.device, DTYPES[provider.dtype]) for t in (x, grad))
+    return Step(layer, x.requires_grad_(), grad)
 
 
-def interleaved(runs: dict[str, Callable[[], None]], seconds: float, device: str) -> dict[str, Timing]:
-    """The time of each run, taken in turns for about `seconds`, at least five times each."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline or len(next(iter(times.values()))) < 5:
-        for name, run in runs.items():
-            wait()
-            start = time.perf_counter()
-            run()
-            wait()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: percentiles(values) for name, values in times.items()}
+def check(
+    layers: dict[Provider, nn.Module], operands: Operands, shape: Shape, rows: list[int], threads: list[int]
+) -> dict[tuple[int, int], dict[Provider, dict[str, Exactness]]]:
+    """By (threads, M), the errors of Y, dX, dA and dB of each `ours`. Raises `measure.Inexact`."""
+    ours = [provider for provider in layers if provider.kind == "ours"]
+    exact = from_linear(linear4bit(operands, torch.float32)).decode(torch.float64) if ours else None
+    errors: dict[tuple[int, int], dict[Provider, dict[str, Exactness]]] = {
+        key: {} for key in itertools.product(threads, rows)
+    }
+    for M, dtype in itertools.product(rows, dict.fromkeys(provider.dtype for provider in ours)):
+        of_dtype = [provider for provider in ours if provider.dtype == dtype]
+        step = make_step(of_dtype[0], layers[of_dtype[0]], shape, M)
+        truth = by_reference(step, operands, exact)
+        plain = by_reference(step, operands, exact.to(DTYPES[dtype]))
+        for count, provider in itertools.product(threads, of_dtype):
+            torch.set_num_threads(count)
+            got = by_layer(step._replace(layer=layers[provider]))
+            where = f"{provider} {dtype} M={M} threads={count}"
+            errors[count, M][provider] = {
+                name: measure.exactness(f"{where}: {name}", got[name], plain[name], truth[name])
+                for name in RESULTS
+            }
+            print(f"checked {where}: {describe(errors[count, M][provider])}", flush=True)
+    return errors
 
 
-def percentiles(values: list[float]) -> Timing:
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return Timing(fifths[0], statistics.median(values), fifths[3])
+def by_reference(step: Step, operands: Operands, weight: Tensor) -> dict[str, Tensor]:
+    """The definition in the dtype of `weight` [N, K]: fp64 throughout, or with fp32 adapters and sums."""
+    dtype = weight.dtype
+    x, grad = step.x.detach().to(dtype), step.grad.to(dtype)
+    A, B = (t.to(reference.accumulation_dtype(dtype)) for t in (operands.lora_A, operands.lora_B))
+    dense = from_dense(weight)
+    y, z = reference.lora_linear(x, dense, None, A, B, None, SCALING, 0.0)
+    needs = reference.Needs(x=True, lora_A=True, lora_B=True, bias=False)
+    grads = reference.lora_linear_backward(grad, x, dense, A, B, z, None, SCALING, 0.0, needs)
+    return dict(zip(RESULTS, (y, grads.x, grads.lora_A, grads.lora_B), strict=True))
+
+
+def by_layer(step: Step) -> dict[str, Tensor]:
+    y = step.run().detach()
+    grads = (step.x.grad, step.layer.lora_A.grad, step.layer.lora_B.grad)
+    return dict(zip(RESULTS, (y, *grads), strict=True))
+
+
+def describe(errors: dict[str, Exactness]) -> str:
+    return ", ".join(f"{name} {e.error:.1e} (plain {e.plain:.1e})" for name, e in errors.items())
+
+
+def measured(
+    layers: dict[Provider, nn.Module],
+    errors: dict[Provider, dict[str, Exactness]],
+    shape: Shape,
+    M: int,
+    seconds: float,
+    flush: Callable[[], object] | None,
+) -> list[Row]:
+    """A row for each layer, timed together on the current number of threads."""
+    steps = {provider: make_step(provider, layer, shape, M) for provider, layer in layers.items()}
+    small = {provider: small_step(provider, shape, M) for provider in layers}
+
+    def cold(provider: Provider) -> None:
+        flush()
+        small[provider].run()
+
+    timings = measure.interleaved(steps, seconds, shape.device, cold if flush else lambda provider: None)
+    dense = min((t.p50 for provider, t in timings.items() if provider.kind == "dense"), default=None)
+    return [
+        Row(
+            provider,
+            timing,
+            timing.p50 / dense if dense else None,
+            errors.get(provider, {}),
+            measure.memory(steps[provider], shape.device),
+            None,
+        )
+        for provider, timing in timings.items()
+    ]
+
+
+def small_step(provider: Provider, shape: Shape, M: int) -> Step:
+    """The same code on a layer [64, 64]: a run of it loads what is no operand of the real layer."""
+    small = shape._replace(K=64, N=64)
+    return make_step(provider, make_layer(provider, make_operands(small)), small, M)
+
+
+def resident(provider: Provider, shape: Shape, M: int, threads: int) -> int:
+    """The growth of the peak resident memory over a process' first step, code and threads apart."""
+    warnings.simplefilter("ignore", UserWarning)
+    torch.set_num_threads(threads)
+    small_step(provider, shape, 16).run()
+    return measure.resident_growth(make_step(provider, make_layer(provider, make_operands(shape)), shape, M))
+
+
+def bench(
+    shape: Shape, providers: list[Provider], args: argparse.Namespace
+) -> Iterator[tuple[int, int, list[Row]]]:
+    """(threads, M, rows) of each block of a shape; everything is checked before the first."""
+    operands = make_operands(shape)
+    layers = {provider: make_layer(provider, operands) for provider in providers}
+    errors = check(layers, operands, shape, args.rows, args.threads)
+    del operands
+    flush = None
+    if args.cold:
+        size = args.cache_mib * 2**20 if args.cache_mib else measure.last_level_cache(shape.device)
+        flush = measure.cache_flush(shape.device, size)
+    for threads, M in itertools.product(args.threads, args.rows):
+        torch.set_num_threads(threads)
+        rows = measured(layers, errors[threads, M], shape, M, args.seconds, flush)
+        if args.memory:
+            rows = [
+                row._replace(resident=measure.in_fresh_process(resident, row.provider, shape, M, threads))
+                for row in rows
+            ]
+        yield threads, M, rows
+
+
+HEADER = (
+    f"{'M':>6} {'provider':<18} {'dtype':<9}{'ms':>10}{'p20':>10}{'p80':>10}{'forward':>10}{'backward':>10}"
+    f"{'ratio':>8}{'saved KiB':>11}{'peak MiB':>10}{'resident MiB':>14}"
+)
+
+
+def line(M: int, row: Row) -> str:
+    t, m = row.timing, row.memory
+    ms = "".join(f"{value:10.3f}" for value in (t.p50, t.p20, t.p80, t.forward, t.backward))
+    ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+    grown = "" if row.resident is None else f"{row.resident / 2**20:.1f}"
+    sizes = f"{m.saved / 2**10:11.1f}{m.peak / 2**20:10.2f}{grown:>14}"
+    return f"{M:6d} {row.provider!s:<18} {row.provider.dtype:<9}{ms}{ratio:>8}{sizes}"
+
+
+def record(case: dict[str, object], M: int, threads: int, row: Row) -> dict[str, object]:
+    """`row` as a line of the CSV file: milliseconds, bytes and relative errors; empty where not known."""
+    timing = {name: f"{value:.6g}" for name, value in row.timing._asdict().items()}
+    errors = {
+        f"{what}_{name}": f"{getattr(row.errors[name], what):.3g}" if row.errors else None
+        for name, what in itertools.product(RESULTS, Exactness._fields)
+    }
+    memory = {f"{name}_bytes": value for name, value in row.memory._asdict().items()}
+    return {
+        **case,
+        "M": M,
+        "threads": threads,
+        "dtype": row.provider.dtype,
+        "provider": row.provider.kind,
+        "backend": row.provider.backend,
+        **timing,
+        "ratio": None if row.ratio is None else f"{row.ratio:.6g}",
+        **errors,
+        **memory,
+        "resident_bytes": row.resident,
+    }
 
 
 def append(path: Path, rows: list[dict[str, object]]) -> None:
-    """Adds rows to a CSV file, which gets its header when it is new."""
+    """Adds rows to a CSV file, which gets its header when it is new. Raises ValueError for other columns."""
+    columns = list(rows[0])
     new = not path.exists()
+    if not new:
+        with path.open(newline="") as file:
+            found = next(csv.reader(file), [])
+        if found != columns:
+            raise ValueError(
+                f"--csv: expected a new file or one with columns {columns}, got {found} in {path}"
+            )
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(rows)
 
 
-def main() -> None:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), metavar=("N", "K"))
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 128, 512], metavar="M")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the activations")
-    parser.add_argument("--backend", default="auto", help="of the fused layer")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=4.0, help="of timing for each number of rows")
-    parser.add_argument("--csv", type=Path, help="file to append the rows to")
-    args = parser.parse_args()
-    warnings.filterwarnings("ignore", category=UserWarning)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    (N, K), dtype = args.shape, DTYPES[args.dtype]
+    add = parser.add_argument
+    # fmt: off
+    add("--shape", type=int, nargs=2, action="append", metavar=("K", "N"),
+        help=f"in- and out-features; may be given several times (default: {SHAPES})")
+    add("--rows", type=int, nargs="+", default=ROWS, metavar="M", help="tokens (default: %(default)s)")
+    add("--rank", type=int, default=16, metavar="R")
+    add("--providers", choices=PROVIDERS, nargs="+", default=PROVIDERS, help="default: all")
+    add("--dtype", choices=DTYPES, nargs="+", default=DENSE_DTYPES,
+        help="activations of peft and ours; dense always runs in both of the default: %(default)s")
+    add("--backend", nargs="+", default=["auto"], help=f"of ours: auto or {list(ops.BACKENDS)}")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, nargs="+", default=[torch.get_num_threads()], help="a block of rows each")
+    add("--seconds", type=float, default=4.0,
+        help=f"of timing per block of M and threads; at least {measure.MIN_SAMPLES} samples are taken")
+    add("--cold", action=argparse.BooleanOptionalAction, default=True, help="flush caches (default: yes)")
+    add("--cache-mib", type=int, help="size of the last-level cache (default: as the system tells)")
+    add("--memory", action="store_true", help="also the growth of resident memory, a process per row")
+    add("--csv", type=Path, help="file to append the rows to")
+    # fmt: on
+    args = parser.parse_args(argv)
+    if args.memory and args.device != "cpu":
+        parser.error(f"--memory: expected --device cpu, got {args.device}; a GPU's peak is always measured")
+    return args
 
-    dense = nn.Linear(K, N, bias=False, device=args.device).requires_grad_(False)
-    base = quantized(dense, dtype)
-    fused = LoRALinear.from_linear(copy.deepcopy(base), r=args.rank, backend=args.backend)
-    nn.init.normal_(fused.lora_B, std=0.02)
-    adapted = peft_layer(base, fused)
-    dense = dense.to(dtype)
 
+def selected(args: argparse.Namespace) -> list[Provider]:
+    """The providers that the options name, each once, "auto" as the backend that it stands for.
+
+    Raises:
+        ValueError, peft_fast.errors.BackendUnavailable: a backend is not known, or cannot run the case.
+    """
+    found = {
+        "dense": [Provider("dense", dtype) for dtype in DENSE_DTYPES],
+        "peft": [Provider("peft", dtype) for dtype in args.dtype],
+        "ours": [
+            Provider("ours", dtype, ops.resolve("nf4", args.device, DTYPES[dtype], backend))
+            for backend, dtype in itertools.product(args.backend, args.dtype)
+        ],
+    }
+    return list(dict.fromkeys(itertools.chain.from_iterable(found[kind] for kind in args.providers)))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    providers = selected(args)
     device = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
-    versions = f"torch {torch.__version__}, peft {peft.__version__}, bitsandbytes {bnb.__version__}"
-    where = f"{device}, {args.threads} threads, {versions}, {datetime.date.today()}"
-    print(f"N={N} K={K} R={args.rank} {args.dtype}, nested NF4, fp32 adapters; {where}")
-    case = {"device": where, "N": N, "K": K, "R": args.rank, "dtype": args.dtype, "format": "nf4 nested"}
-    layers = {"dense": dense, "peft": adapted, "ours": fused}
-    columns = ("dense ms", "peft ms", "ours ms", "ours/dense", "peft/dense", "ours/peft")
-    print(f"{'M':>6}" + "".join(f"{column:>12}" for column in columns))
-    for M in args.rows:
-        x = torch.randn(M, K, device=args.device).to(dtype).requires_grad_()
-        grad = torch.randn(M, N, device=args.device).to(dtype)
-        check(fused, x, grad)
-        runs = {name: functools.partial(step, layer, x, grad) for name, layer in layers.items()}
-        ms = interleaved(runs, args.seconds, args.device)
-        dense_ms, peft_ms, ours_ms = (timing.p50 for timing in ms.values())
-        row = (dense_ms, peft_ms, ours_ms, ours_ms / dense_ms, peft_ms / dense_ms, ours_ms / peft_ms)
-        print(f"{M:6d}" + "".join(f"{value:12.2f}" for value in row), flush=True)
-        if args.csv is not None:
-            append(
-                args.csv,
-                [
-                    {**case, "M": M, "provider": name, **timing._asdict(), "ratio": timing.p50 / dense_ms}
-                    for name, timing in ms.items()
-                ],
-            )
+    print(f"{device}; {', '.join(f'{package} {version}' for package, version in versions().items())}")
+    for K, N in args.shape or SHAPES:
+        case = {
+            "date": datetime.date.today(), "device": device, **versions(), "format": "nf4 nested",
+            "K": K, "N": N, "R": args.rank, "cold": args.cold,
+        }  # fmt: skip
+        for threads, M, rows in bench(Shape(K, N, args.rank, args.device), providers, args):
+            if args.rows[0] == M:
+                print(f"\nK={K} N={N} R={args.rank} threads={threads}, nested NF4, fp32 adapters\n{HEADER}")
+            print("\n".join(line(M, row) for row in rows), flush=True)
+            if args.csv is not None:
+                append(args.csv, [record(case, M, threads, row) for row in rows])
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=UserWarning)
     main()

@@ -1,0 +1,206 @@
+"""bench/lora_linear.py on a tiny layer: a coherent table, and no figure from wrong results."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from peft_fast import ops, reference
+from peft_fast.errors import BackendUnavailable
+
+K, N, R = 128, 64, 4
+TINY = [
+    *("--device", "cpu", "--shape", str(K), str(N), "--rank", str(R)),
+    *("--seconds", "0", "--cache-mib", "1", "--threads", "1"),
+]
+BACKENDS = ("reference", "auto")
+
+
+@pytest.fixture(autouse=True)
+def _process_state():
+    """The thread count and the warning filters are the benchmark's own."""
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
+    return importlib.import_module("lora_linear")
+
+
+def run(bench, tmp_path, *options: str) -> list[dict[str, str]]:
+    """The rows that the benchmark writes for a tiny layer."""
+    path = tmp_path / "rows.csv"
+    bench.main([*TINY, "--csv", str(path), *options])
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def rows(bench, tmp_path):
+    return run(bench, tmp_path, "--rows", "1", "5", "--backend", *BACKENDS)
+
+
+def test_every_provider_has_one_row_per_m(rows):
+    auto = ops.resolve("nf4", "cpu", torch.float32)
+    expected = {("dense", ""), ("peft", ""), *(("ours", name) for name in ("reference", auto))}
+    got = [(row["provider"], row["backend"], row["dtype"], row["M"]) for row in rows]
+    assert set(got) == {(*p, dtype, M) for p in expected for dtype in ("float32", "bfloat16") for M in "15"}
+    assert len(got) == len(set(got))
+    assert {(row["K"], row["N"], row["R"], row["threads"]) for row in rows} == {(str(K), str(N), str(R), "1")}
+    assert {row["torch"] for row in rows} == {torch.__version__}
+
+
+def test_ratio_is_to_the_faster_dense_dtype_of_the_same_m(rows):
+    for M in "15":
+        block = [row for row in rows if row["M"] == M]
+        dense = min(float(row["p50"]) for row in block if row["provider"] == "dense")
+        for row in block:
+            assert float(row["ratio"]) == pytest.approx(float(row["p50"]) / dense, rel=1e-4)
+
+
+def test_percentiles_are_of_at_least_five_samples(rows):
+    for row in rows:
+        p20, p50, p80, forward, backward = (
+            float(row[name]) for name in ("p20", "p50", "p80", "forward", "backward")
+        )
+        assert 0 < p20 <= p50 <= p80
+        assert min(forward, backward) > 0
+        assert int(row["samples"]) >= 5
+
+
+def test_errors_are_those_of_ours_beside_plain_pytorch(rows):
+    for row in rows:
+        for name in ("y", "dX", "dA", "dB"):
+            error, plain = row[f"error_{name}"], row[f"plain_{name}"]
+            if row["provider"] != "ours":
+                assert error == plain == ""
+            elif row["backend"] == "reference":
+                assert float(error) == pytest.approx(float(plain), rel=1e-6)
+            else:
+                half = row["dtype"] == "bfloat16" and name in ("y", "dX")
+                assert (1e-4 if half else 1e-9) < float(error) < (1e-2 if half else 1e-5)
+
+
+def test_memory_is_what_the_formulas_save(rows):
+    """Z [M, R] fp32; PEFT also saves its own fp32 copy of a bfloat16 X; dense nothing beyond its weight."""
+    for row in rows:
+        M = int(row["M"])
+        copy_of_x = 4 * M * K if (row["provider"], row["dtype"]) == ("peft", "bfloat16") else 0
+        saved = 0 if row["provider"] == "dense" else 4 * M * R + copy_of_x
+        assert int(row["saved_bytes"]) == saved, row
+        size = 4 if row["dtype"] == "float32" else 2
+        adapters = 0 if row["provider"] == "dense" else 4 * R * (K + N)
+        assert int(row["peak_bytes"]) >= saved + size * M * (K + N) + adapters, row
+        assert int(row["peak_bytes"]) >= int(row["largest_bytes"]) >= size * M * K
+        assert row["resident_bytes"] == ""
+
+
+def test_thread_counts_and_shapes_have_their_own_rows(bench, tmp_path):
+    options = ("--shape", "64", "64", "--rows", "1", "--threads", "1", "2", "--providers", "ours")
+    rows = run(bench, tmp_path, *options, "--dtype", "float32", "--no-cold")
+    got = [(row["K"], row["N"], row["threads"], row["cold"]) for row in rows]
+    assert got == [(k, "64", threads, "False") for k in (str(K), "64") for threads in "12"]
+    assert {row["ratio"] for row in rows} == {""}
+
+
+def test_resident_memory_is_measured_in_a_process_of_its_own(bench, tmp_path):
+    options = ("--rows", "4096", "--providers", "ours", "--dtype", "float32", "--backend", "reference")
+    (row,) = run(bench, tmp_path, *options, "--memory")
+    resident, peak = int(row["resident_bytes"]), int(row["peak_bytes"])
+    assert 0.9 * peak < resident < peak + 64 * 2**20
+
+
+def test_resident_memory_sees_what_torch_does_not_allocate(bench):
+    measure = importlib.import_module("measure")
+    growth = measure.in_fresh_process(growth_with_foreign_scratch)
+    assert 30 * 2**20 < growth < 48 * 2**20
+
+
+def growth_with_foreign_scratch() -> int:
+    """Of a layer that fills 32 MiB of its own within the forward pass."""
+    measure = importlib.import_module("measure")
+    layer = torch.nn.Identity()
+    layer.register_forward_hook(lambda module, args, y: y * float(np.ones(2**23, np.float32)[0]))
+    return measure.resident_growth(measure.Step(layer, torch.ones(4, requires_grad=True), torch.ones(4)))
+
+
+@pytest.mark.parametrize("wrong", ["y", "dX", "dA", "dB", "nan"])
+def test_nothing_is_timed_after_a_wrong_result(bench, tmp_path, monkeypatch, wrong):
+    """One element of one result moves by a thousandth of the result's norm."""
+
+    def corrupted(tensor, *names):
+        if wrong in names:
+            tensor = tensor.clone()
+            tensor.view(-1)[3] += float("nan") if wrong == "nan" else 1e-3 * tensor.norm()
+        return tensor
+
+    class Corrupt:
+        @staticmethod
+        def lora_linear(*args):
+            y, z = reference.lora_linear(*args)
+            return corrupted(y, "y"), z
+
+        @staticmethod
+        def lora_linear_backward(*args):
+            grads = reference.lora_linear_backward(*args)
+            return grads._replace(
+                x=corrupted(grads.x, "dX", "nan"),
+                lora_A=corrupted(grads.lora_A, "dA"),
+                lora_B=corrupted(grads.lora_B, "dB"),
+            )
+
+    measure = importlib.import_module("measure")
+    monkeypatch.setitem(ops.BACKENDS, "reference", ops.BACKENDS["reference"]._replace(load=lambda: Corrupt))
+    monkeypatch.setattr(measure, "interleaved", lambda *args: pytest.fail("timed a wrong result"))
+    name = "dX" if wrong == "nan" else wrong
+    with pytest.raises(measure.Inexact, match=f"reference.*M=5 .*{name}: relative error"):
+        run(bench, tmp_path, "--rows", "5", "--backend", "reference", "--dtype", "float32")
+    assert not (tmp_path / "rows.csv").exists()
+
+
+def test_backends_that_cannot_run_are_refused(bench, tmp_path):
+    with pytest.raises(ValueError, match="backend: expected"):
+        run(bench, tmp_path, "--backend", "fastest")
+    missing = [name for name, why in ops.availability("nf4", "cuda", torch.float32).items() if why]
+    with pytest.raises(BackendUnavailable, match=missing[0]):
+        run(bench, tmp_path, "--device", "cuda", "--backend", missing[0])
+
+
+def test_rows_are_not_added_to_another_table(bench, tmp_path):
+    (tmp_path / "rows.csv").write_text("device,N,K\nx,1,2\n")
+    with pytest.raises(ValueError, match=r"--csv: expected .* got \['device', 'N', 'K'\]"):
+        run(bench, tmp_path, "--rows", "1", "--providers", "dense")
+    assert (tmp_path / "rows.csv").read_text() == "device,N,K\nx,1,2\n"
+
+
+def test_rows_of_two_runs_share_one_header(bench, tmp_path):
+    run(bench, tmp_path, "--rows", "1", "--providers", "dense")
+    rows = run(bench, tmp_path, "--rows", "5", "--providers", "dense")
+    assert [row["M"] for row in rows] == ["1", "1", "5", "5"]
+
+
+def test_adapted_providers_compute_the_same(bench):
+    shape = bench.Shape(K, N, R, "cpu")
+    operands = bench.make_operands(shape)
+    results = []
+    for provider in (bench.Provider("peft", "float32"), bench.Provider("ours", "float32", "reference")):
+        step = bench.make_step(provider, bench.make_layer(provider, operands), shape, 5)
+        y = step.run()
+        grads = [p.grad for p in step.layer.parameters() if p.requires_grad]
+        results.append([y, step.x.grad, *grads])
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    dense = bench.make_layer(bench.Provider("dense", "float32"), operands)
+    y = bench.make_step(bench.Provider("dense", "float32"), dense, shape, 5).run()
+    torch.testing.assert_close(y, step.x @ operands.dense.t())
