@@ -133,9 +133,10 @@ bool level_available(std::string level) {
   const bool avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (level == "avx2") return avx2;
-  if (level == "avx512")
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (level == "avx512") return avx512;
+  if (level == "avx512bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
   return level == "scalar";
 }
@@ -145,6 +146,7 @@ const Kernels& kernels(const std::string& level) {
   STD_TORCH_CHECK(level.empty() || level_available(level), "level: expected one that this CPU has, got ",
                   level);
 #ifdef __x86_64__
+  if (level == "avx512bf16" || (level.empty() && level_available("avx512bf16"))) return avx512bf16::kernels;
   if (level == "avx512" || (level.empty() && level_available("avx512"))) return avx512::kernels;
   if (level == "avx2" || (level.empty() && level_available("avx2"))) return avx2::kernels;
 #endif
@@ -155,7 +157,7 @@ const Kernels& kernels(const std::string& level) {
 
 std::tuple<Tensor, Tensor> lora_linear(Tensor x, WEIGHT_PARAMETERS, std::optional<Tensor> bias, Tensor lora_A,
                                        Tensor lora_B, std::optional<Tensor> dropout_mask, double scaling,
-                                       double dropout_p, std::string level) {
+                                       double dropout_p, std::string level, bool batch_invariant) {
   Forward f{};
   f.weight = make_weight(WEIGHT_ARGUMENTS);
   const int64_t N = f.weight.N, K = f.weight.K;
@@ -170,6 +172,7 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, WEIGHT_PARAMETERS, std::optiona
   }
   f.dropout = make_dropout(dropout_mask, f.M, K, dropout_p);
   f.scaling = static_cast<float>(scaling);
+  f.batch_invariant = batch_invariant;
   Tensor y = torch::stable::new_empty(x, {f.M, N});
   Tensor z = torch::stable::new_empty(x, {f.M, f.R}, ScalarType::Float);
   f.y = {y.mutable_data_ptr(), f.x.dtype};
@@ -186,12 +189,10 @@ Tensor gradient(bool wanted, const Tensor& like, Result& result) {
   return grad;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad, Tensor x, WEIGHT_PARAMETERS,
-                                                                Tensor lora_A, Tensor lora_B, Tensor z,
-                                                                std::optional<Tensor> dropout_mask,
-                                                                double scaling, double dropout_p,
-                                                                bool needs_x, bool needs_A, bool needs_B,
-                                                                bool needs_bias, std::string level) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
+    Tensor grad, Tensor x, WEIGHT_PARAMETERS, Tensor lora_A, Tensor lora_B, Tensor z,
+    std::optional<Tensor> dropout_mask, double scaling, double dropout_p, bool needs_x, bool needs_A,
+    bool needs_B, bool needs_bias, std::string level, bool batch_invariant) {
   Backward b{};
   b.weight = make_weight(WEIGHT_ARGUMENTS);
   const int64_t N = b.weight.N, K = b.weight.K;
@@ -205,6 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad, Ten
   STD_TORCH_CHECK(z.scalar_type() == ScalarType::Float, "z: expected Float, got ", z.scalar_type());
   b.dropout = make_dropout(dropout_mask, b.M, K, dropout_p);
   b.scaling = static_cast<float>(scaling);
+  b.batch_invariant = batch_invariant;
   Tensor dx = gradient(needs_x, x, b.dx);
   Tensor d_A = gradient(needs_A, lora_A, b.d_A);
   Tensor d_B = gradient(needs_B, lora_B, b.d_B);
@@ -237,10 +239,10 @@ Tensor pack_mask(Tensor keep) {
 STABLE_TORCH_LIBRARY(peft_fast_cpu, m) {
   m.def("lora_linear(Tensor x, " WEIGHT_SCHEMA
         ", Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? dropout_mask, float scaling, float dropout_p, "
-        "str level) -> (Tensor, Tensor)");
+        "str level, bool batch_invariant=False) -> (Tensor, Tensor)");
   m.def("lora_linear_backward(Tensor grad, Tensor x, " WEIGHT_SCHEMA
         ", Tensor lora_A, Tensor lora_B, Tensor z, Tensor? dropout_mask, float scaling, float dropout_p, "
-        "bool needs_x, bool needs_A, bool needs_B, bool needs_bias, str level) "
+        "bool needs_x, bool needs_A, bool needs_B, bool needs_bias, str level, bool batch_invariant=False) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def("dequantize(" WEIGHT_SCHEMA ", ScalarType dtype, str level) -> Tensor");
   m.def("pack_mask(Tensor keep) -> Tensor");

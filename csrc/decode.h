@@ -12,7 +12,8 @@
 #ifdef __CUDACC__
 #define PEFT_FAST_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define PEFT_FAST_HOST_DEVICE inline
+// Always inlined: the kernels are compiled for other instruction sets than a function of this header alone.
+#define PEFT_FAST_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace peft_fast {

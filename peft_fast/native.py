@@ -2,12 +2,14 @@
 
 The library is built on torch's stable ABI and registers the ops of namespace `peft_fast_cpu`, whose weight
 arguments are the fields of `QuantizedWeight`. The instruction-set level is chosen at run time; naming one
-(`cpu-avx512`, `cpu-avx2`, `cpu-scalar`) forces it.
+(`cpu-avx512bf16`, `cpu-avx512`, `cpu-avx2`, `cpu-scalar`) forces it, and the environment variable
+PEFT_FAST_CPU_LEVEL, read when the library loads, hides the better ones.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from .formats import QuantizedWeight
 from .reference import Gradients, Needs
 
-LEVELS = ("avx512", "avx2", "scalar")
+LEVELS = ("avx512bf16", "avx512", "avx2", "scalar")
 BUILD_HINT = "build it with `pip install --no-build-isolation -e .` (needs a C++20 compiler)"
 
 
@@ -35,10 +37,18 @@ def load_error() -> str | None:
 
 @functools.cache
 def levels() -> tuple[str, ...]:
-    """The instruction-set levels that this machine runs, best first; () without the library."""
+    """The instruction-set levels that this machine runs, best first; () without the library.
+
+    Raises:
+        ValueError: PEFT_FAST_CPU_LEVEL names no level.
+    """
     if load_error() is not None:
         return ()
-    return tuple(level for level in LEVELS if torch.ops.peft_fast_cpu.level_available(level))
+    best = os.environ.get("PEFT_FAST_CPU_LEVEL") or LEVELS[0]
+    if best not in LEVELS:
+        raise ValueError(f"PEFT_FAST_CPU_LEVEL: expected one of {list(LEVELS)}, got {best!r}")
+    allowed = LEVELS[LEVELS.index(best) :]
+    return tuple(level for level in allowed if torch.ops.peft_fast_cpu.level_available(level))
 
 
 def pack_mask(keep: Tensor) -> Tensor:
@@ -47,10 +57,20 @@ def pack_mask(keep: Tensor) -> Tensor:
 
 
 class Level:
-    """One instruction-set level as a backend; "" is the best one of this machine."""
+    """One instruction-set level as a backend; "" is the best one of this machine.
 
-    def __init__(self, level: str = "") -> None:
+    With `batch_invariant`, the bits of a row of Y and dX depend neither on the other rows nor on their number.
+    Else calls with few rows take a faster way, which sums in another order.
+    """
+
+    def __init__(self, level: str = "", batch_invariant: bool = False) -> None:
         self.level = level
+        self.batch_invariant = batch_invariant
+
+    @functools.cached_property
+    def _how(self) -> tuple[str, bool]:
+        """The last arguments of the C++ ops."""
+        return self.level or levels()[0], self.batch_invariant
 
     def unavailable(self, format: str, device: str, dtype: torch.dtype) -> str | None:
         if device != "cpu":
@@ -75,7 +95,7 @@ class Level:
         dropout_p: float,
     ) -> tuple[Tensor, Tensor]:
         return torch.ops.peft_fast_cpu.lora_linear(
-            x, *weight, bias, lora_A, lora_B, dropout_mask, scaling, dropout_p, self.level
+            x, *weight, bias, lora_A, lora_B, dropout_mask, scaling, dropout_p, *self._how
         )
 
     def lora_linear_backward(
@@ -92,9 +112,9 @@ class Level:
         needs: Needs,
     ) -> Gradients:
         grads = torch.ops.peft_fast_cpu.lora_linear_backward(
-            grad, x, *weight, lora_A, lora_B, z, dropout_mask, scaling, dropout_p, *needs, self.level
+            grad, x, *weight, lora_A, lora_B, z, dropout_mask, scaling, dropout_p, *needs, *self._how
         )
         return Gradients(*(g if needed else None for g, needed in zip(grads, needs, strict=True)))
 
     def dequantize(self, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-        return torch.ops.peft_fast_cpu.dequantize(*weight, dtype, self.level)
+        return torch.ops.peft_fast_cpu.dequantize(*weight, dtype, self._how[0])

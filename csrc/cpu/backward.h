@@ -1,267 +1,290 @@
-// Backward of lora_linear: each gradient is partitioned over its own elements, so no reduction crosses
-// threads. Compiled once per level.
+// Backward of lora_linear. Compiled once per level.
 //
-// dX, many rows: C = dX [M, k-block] accumulates A = dY [M, n-chunk] times B = decoded panel [n-chunk,
-// k-block] (its natural order); the low-rank term is one more step with A = dZ, B = lora_A.
+// For each superblock of tokens, one pass over dY gives its packed copy, dB, dbias and dZ, each item owning a
+// group of columns; one pass over the columns of x gives dX and dA. No reduction crosses items, but for the
+// parts of dZ, which are summed in order.
+//
+// dX: C = dX [M, k-block] accumulates A = dY [M, n-chunk] times B = decoded panel [n-chunk, k-block] (its
+// natural order); the low-rank term is one more step with A = dZ, B = lora_A.
 #pragma once
 
 #include "forward.h"
 
 namespace peft_fast::PEFT_FAST_LEVEL {
 
-constexpr int64_t kTokenBlock = 24;  // tokens of one dZ item
-constexpr int64_t kGradBlock = 48;   // rows of one dB item
-constexpr int64_t kStripe = 256;     // columns of a dX item when there are few rows
+constexpr int64_t kTokenBlock = 24;  // tokens whose low-rank part of dX is dropped out at once
 
-// Columns of a dX panel: narrower ones leave a small weight enough items to share evenly. The bits do not
-// depend on it.
 inline int64_t in_block(int64_t K) {
-  return K <= 1024 ? 64 : 128;
+  return K <= kStrategy.narrow ? kStrategy.narrow_block : kStrategy.wide_block;
 }
 
-// dz [M][dz_row] = scaling · dY · lora_B; b_packed is lora_B (depth N).
-inline void grad_z(const Backward& b, PackedB b_packed, float* dz, int64_t dz_row) {
-  const int64_t N = b.weight.N;
-  parallel_for(0, blocks(b.M, kTokenBlock), grain(kTokenBlock * N), [&](int64_t begin, int64_t end) {
-    float* const g = local_scratch(kTokenBlock * kPanelRow);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t m0 = item * kTokenBlock, rows = min(kTokenBlock, b.M - m0);
-      for (int64_t n0 = 0; n0 < N; n0 += kSteps) {
-        const int64_t n = min(kSteps, N - n0);
-        for (int64_t m = 0; m < rows; ++m)
-          to_float(b.grad, (m0 + m) * N + n0, n, g + m * kPanelRow, b.scaling);
-        gemm(rows, n, {g, kPanelRow, 1}, b_packed, n0, {dz + m0 * dz_row, dz_row}, n0 > 0);
-      }
-    }
+// One backward: the wanted gradients, and scratch that lasts from one superblock to the next.
+struct Gradients {
+  const Backward& b;
+  const bool x, A, B;
+  const bool panels;  // dX is made of panels, not row by row
+  const int64_t a_row, r_row;
+  float* d_A;  // [R][a_row] where wanted
+  float* d_B;  // [N][r_row] where wanted
+
+  explicit Gradients(const Backward& b)
+      : b(b),
+        x(b.dx.data != nullptr),
+        A(b.d_A.data != nullptr && b.R > 0),
+        B(b.d_B.data != nullptr && b.R > 0),
+        panels(x && (b.M > kStrategy.few_rows || b.batch_invariant)),
+        a_row(round_up(b.weight.K, kTileCols) + kPad),
+        r_row(round_up(b.R, kLanes)),
+        d_A(nullptr),
+        d_B(nullptr) {}
+  bool dz() const { return b.R > 0 && (x || A); }
+};
+
+// The parts of a superblock: tokens [m0, m0 + rows).
+struct Tokens {
+  int64_t m0, rows;
+  float* dz;          // [rows][r_row]
+  float* grad_cells;  // dY in chunks of kSteps cells: chunk c is [rows][kPanelRow]
+
+  // Cell i of row m, of those that follow in its chunk.
+  float* cells(int64_t m, int64_t i) const {
+    return grad_cells + (i / kSteps * rows + m) * kPanelRow + i % kSteps;
+  }
+};
+
+// One pass over dY: its cells, dB and dbias, and dZ in parts; z_packed is z (depth rows).
+template <class Cell>
+inline void read_grad(const Gradients& wanted, const Tokens& tokens, PackedB z_packed, const Groups& dz) {
+  const Backward& b = wanted.b;
+  const int64_t N = b.weight.N, R = b.R, rows = tokens.rows;
+  const bool first = tokens.m0 == 0;
+  parallel_for(0, dz.count, grain(rows * N / dz.count * (4 + 2 * R / kLanes)),
+               [&](int64_t begin, int64_t end) {
+                 Carver local(local_scratch(kTokens * (kThin + kPad) + PackedB::size(kThin, R)));
+                 float* const staging = local.take(kTokens * (kThin + kPad));
+                 float* const b_data = local.take(PackedB::size(kThin, R));
+                 for (int64_t g = begin; g < end; ++g) {
+                   for (int64_t n0 = dz.begin(g); n0 < dz.begin(g + 1); n0 += kThin) {
+                     const int64_t n = min(kThin, N - n0);
+                     const PackedB lora_B{b_data, n, R};
+                     for (int64_t p = 0; p < n && wanted.dz(); ++p)
+                       pack_row(lora_B, p, [&](int64_t j, int64_t count, float* out) {
+                         to_float(b.lora_B, (n0 + p) * R + j, count, out);
+                       });
+                     for (int64_t m = 0; m < rows; m += kTokens) {
+                       const int64_t count = min(kTokens, rows - m);
+                       float* const cells = wanted.panels ? tokens.cells(m, n0 / Cell::kValues) : nullptr;
+                       // dY in fp32: as cells already, if they hold that.
+                       const bool as_cells = Cell::kValues == 1 && cells != nullptr;
+                       float* const grad = as_cells ? cells : staging;
+                       const int64_t row = as_cells ? kPanelRow : kThin + kPad;
+                       for (int64_t t = 0; t < count; ++t) {
+                         const int64_t at = (tokens.m0 + m + t) * N + n0;
+                         to_float(b.grad, at, n, grad + t * row);
+                         if (cells != nullptr && !as_cells)
+                           to_cells(Cell(), b.grad, at, n, cells + t * kPanelRow);
+                       }
+                       if (wanted.dz())
+                         gemm<Single>(count, n, {grad, row, 1}, lora_B, 0, dz.part(g, m), n0 > dz.begin(g));
+                       if (wanted.B)
+                         gemm<Single>(n, count, {grad, 1, row}, z_packed, m,
+                                      {wanted.d_B + n0 * wanted.r_row, wanted.r_row}, !first || m > 0);
+                       if (b.dbias == nullptr) continue;
+                       float sums[kThin] = {};
+                       for (int64_t t = 0; t < count; ++t)
+                         for (int64_t i = 0; i < n; ++i) sums[i] += grad[t * row + i];
+                       for (int64_t i = 0; i < n; ++i)
+                         b.dbias[n0 + i] = first && m == 0 ? sums[i] : b.dbias[n0 + i] + sums[i];
+                     }
+                   }
+                 }
+               });
+}
+
+// tokens.dz = scaling * the sum of its parts.
+inline void finish_dz(const Gradients& wanted, const Tokens& tokens, const Groups& dz) {
+  parallel_for(0, tokens.rows, grain(dz.row * dz.count / kLanes), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) dz.sum(m, wanted.b.scaling, tokens.dz + m * dz.row);
   });
 }
 
-// d_B [N, R] = scaling · dYᵀ · z and dbias [N] = Σ_m dY, whichever are wanted; z_packed is z (depth M).
-inline void grad_B_and_bias(const Backward& b, PackedB z_packed) {
-  const int64_t N = b.weight.N, R = b.R;
-  const bool wants_B = b.d_B.data != nullptr && R > 0;
-  parallel_for(0, blocks(N, kGradBlock), grain(kGradBlock * b.M * (R + 4)), [&](int64_t begin, int64_t end) {
-    const int64_t c_row = round_up(R, kLanes);
-    Carver local(local_scratch(kGradBlock * (kSteps + c_row)));
-    float* const g = local.take(kGradBlock * kSteps);
-    const MatrixC c{local.take(kGradBlock * c_row), c_row};
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t n0 = item * kGradBlock, n = min(kGradBlock, N - n0);
-      float dbias[kGradBlock] = {};
-      std::memset(c.data, 0, kGradBlock * c_row * sizeof(float));
-      for (int64_t m0 = 0; m0 < b.M; m0 += kSteps) {
-        const int64_t rows = min(kSteps, b.M - m0);
-        float partial[kGradBlock] = {};
-        for (int64_t m = 0; m < rows; ++m) {
-          float* row = g + m * kGradBlock;
-          to_float(b.grad, (m0 + m) * N + n0, n, row);
-          if (b.dbias != nullptr)
-            for (int64_t i = 0; i < n; ++i) partial[i] += row[i];
-        }
-        for (int64_t i = 0; i < n; ++i) dbias[i] += partial[i];
-        if (wants_B) gemm(n, rows, {g, 1, kGradBlock}, z_packed, m0, c, true);
-      }
-      if (b.dbias != nullptr) std::memcpy(b.dbias + n0, dbias, n * sizeof(float));
-      if (!wants_B) continue;
-      for (int64_t i = 0; i < n * c_row; ++i) c.data[i] *= b.scaling;
-      for (int64_t i = 0; i < n; ++i) from_float(c.data + i * c_row, R, b.d_B, (n0 + i) * R);
+// d_A[:, k0:k0+cols] += dZᵀ · drop(x); scratch [kSteps + 1][in_block].
+inline void add_grad_A(const Gradients& wanted, const Tokens& tokens, int64_t k0, int64_t cols,
+                       float* scratch) {
+  const Backward& b = wanted.b;
+  const int64_t K = b.weight.K;
+  float* const row = scratch + kSteps * in_block(K);
+  for (int64_t m = 0; m < tokens.rows; m += kSteps) {
+    const PackedB x_packed{scratch, min(kSteps, tokens.rows - m), cols};
+    for (int64_t t = 0; t < x_packed.depth; ++t) {
+      const int64_t token = tokens.m0 + m + t;
+      to_float(b.x, token * K + k0, cols, row);
+      if (b.dropout.mask != nullptr) drop(b.dropout, K, token, k0, cols, row);
+      pack_row(x_packed, t,
+               [&](int64_t j, int64_t n, float* out) { std::memcpy(out, row + j, n * sizeof(float)); });
     }
-  });
+    gemm<Single>(b.R, x_packed.depth, {tokens.dz + m * wanted.r_row, 1, wanted.r_row}, x_packed, 0,
+                 {wanted.d_A + k0, wanted.a_row}, tokens.m0 + m > 0);
+  }
 }
 
-// d_A [R, K] = dZᵀ · drop(x).
-inline void grad_A(const Backward& b, const float* dz, int64_t dz_row) {
-  const int64_t K = b.weight.K, R = b.R, width = in_block(K);
-  parallel_for(0, blocks(K, width), grain(width * b.M * (R + 4)), [&](int64_t begin, int64_t end) {
-    Carver local(local_scratch(width * (kSteps + R + 1)));
-    float* const x = local.take(width * kSteps);
-    float* const row = local.take(width);
-    const MatrixC c{local.take(R * width), width};
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t k0 = item * width, k = min(width, K - k0);
-      std::memset(c.data, 0, R * width * sizeof(float));
-      for (int64_t m0 = 0; m0 < b.M; m0 += kSteps) {
-        const int64_t rows = min(kSteps, b.M - m0);
-        const PackedB x_packed{x, rows, k};
-        for (int64_t m = 0; m < rows; ++m) {
-          to_float(b.x, (m0 + m) * K + k0, k, row);
-          if (b.dropout.mask != nullptr) drop(b.dropout, K, m0 + m, k0, k, row);
-          pack_row(x_packed, m,
-                   [&](int64_t j, int64_t n, float* out) { std::memcpy(out, row + j, n * sizeof(float)); });
-        }
-        gemm(R, rows, {dz + m0 * dz_row, 1, dz_row}, x_packed, 0, c, true);
-      }
-      for (int64_t r = 0; r < R; ++r) from_float(c.data + r * width, k, b.d_A, r * K + k0);
+// base [rows][base.row] = dY · Ŵ[:, k0:k0+cols]; scratch [kSteps][in_block].
+template <class Cell>
+inline void grad_x_panels(const Gradients& wanted, const Tokens& tokens, int64_t k0, int64_t cols,
+                          float* scratch, MatrixC base) {
+  constexpr int64_t chunk = kSteps * Cell::kValues;
+  const Weight& w = wanted.b.weight;
+  for (int64_t n0 = 0; n0 < w.N; n0 += chunk) {
+    const int64_t n = min(chunk, w.N - n0);
+    const PackedB panel{scratch, blocks(n, Cell::kValues), cols};
+    const int64_t next = n0 + chunk < w.N ? (n0 + chunk) * w.K + k0 : k0 + in_block(w.K);
+    for (int64_t p = 0; p < panel.depth; ++p) {
+      const int64_t row = p * Cell::kValues;
+      for (int i = 0; i < Cell::kValues; ++i) prefetch(w, next + (row + i) * w.K, in_block(w.K));
+      pack_across(Cell(), w, n0 + row, k0, panel, p);
     }
-  });
+    const MatrixA grad{tokens.cells(0, n0 / Cell::kValues), kPanelRow, 1};
+    gemm<Cell>(tokens.rows, panel.depth, grad, panel, 0, base, n0 > 0);
+  }
 }
 
-// lora_A[:, k0:k0+cols] in fp32, packed (depth R).
-inline void pack_lora_A(const Backward& b, int64_t k0, PackedB a_packed) {
-  for (int64_t r = 0; r < b.R; ++r)
-    pack_row(a_packed, r,
-             [&](int64_t j, int64_t n, float* out) { to_float(b.lora_A, r * b.weight.K + k0 + j, n, out); });
-}
-
-// dx[m0:m0+rows, k0:k0+cols] = base + drop(dZ · lora_A). base [rows][base.row] is overwritten; low_rank is
-// scratch [kTokenBlock][base.row].
-inline void store_grad_x(const Backward& b, int64_t m0, int64_t rows, int64_t k0, MatrixC base,
-                         const float* dz, int64_t dz_row, PackedB a_packed, float* low_rank) {
-  const int64_t K = b.weight.K, cols = a_packed.cols;
-  for (int64_t i = 0; i < rows && b.R > 0; i += kTokenBlock) {
-    const int64_t tokens = min(kTokenBlock, rows - i);
-    gemm(tokens, b.R, {dz + (m0 + i) * dz_row, dz_row, 1}, a_packed, 0, {low_rank, base.row}, false);
-    for (int64_t t = 0; t < tokens; ++t) {
-      float* term = low_rank + t * base.row;
-      float* row = base.data + (i + t) * base.row;
-      if (b.dropout.mask != nullptr) drop(b.dropout, K, m0 + i + t, k0, cols, term);
+// dx[:, k0:k0+cols] = base + drop(dZ · lora_A). base [rows][base.row] is overwritten; scratch holds lora_A
+// packed and [kTokenBlock][base.row].
+inline void store_grad_x(const Gradients& wanted, const Tokens& tokens, int64_t k0, int64_t cols,
+                         float* scratch, MatrixC base) {
+  const Backward& b = wanted.b;
+  const int64_t K = b.weight.K, R = b.R, r_row = wanted.r_row;
+  const PackedB lora_A{scratch, R, cols};
+  for (int64_t r = 0; r < R; ++r)
+    pack_row(lora_A, r,
+             [&](int64_t j, int64_t n, float* out) { to_float(b.lora_A, r * K + k0 + j, n, out); });
+  if (R > 0 && b.dropout.mask == nullptr)
+    gemm<Single>(tokens.rows, R, {tokens.dz, r_row, 1}, lora_A, 0, base, true);
+  float* const low_rank = scratch + PackedB::size(R, cols);
+  for (int64_t m = 0; m < tokens.rows && R > 0 && b.dropout.mask != nullptr; m += kTokenBlock) {
+    const int64_t count = min(kTokenBlock, tokens.rows - m);
+    gemm<Single>(count, R, {tokens.dz + m * r_row, r_row, 1}, lora_A, 0, {low_rank, base.row}, false);
+    for (int64_t t = 0; t < count; ++t) {
+      float* const term = low_rank + t * base.row;
+      float* const row = base.data + (m + t) * base.row;
+      drop(b.dropout, K, tokens.m0 + m + t, k0, cols, term);
       for (int64_t k = 0; k < cols; ++k) row[k] += term[k];
     }
   }
-  for (int64_t i = 0; i < rows; ++i) from_float(base.data + i * base.row, cols, b.dx, (m0 + i) * K + k0);
+  for (int64_t m = 0; m < tokens.rows; ++m)
+    from_float(base.data + m * base.row, cols, b.dx, (tokens.m0 + m) * K + k0);
 }
 
-// dx for tokens [m0, m0 + rows).
-inline void grad_x_superblock(const Backward& b, int64_t m0, int64_t rows, const float* dz, int64_t dz_row,
-                              float* g_packed) {
-  const int64_t N = b.weight.N, K = b.weight.K, R = b.R, g_row = kPanelRow, width = in_block(K);
-  // dY in chunks of columns: chunk c is [rows][g_row].
-  parallel_for(0, blocks(N, kSteps), grain(kSteps * rows), [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t n0 = chunk * kSteps, n = min(kSteps, N - n0);
-      for (int64_t m = 0; m < rows; ++m)
-        to_float(b.grad, (m0 + m) * N + n0, n, g_packed + (chunk * rows + m) * g_row);
-    }
-  });
-  parallel_for(0, blocks(K, width), grain(panel_work(width * N, rows)), [&](int64_t begin, int64_t end) {
-    const int64_t c_row = width + kPad;
-    Carver local(local_scratch(width * (kSteps + R) + (rows + kTokenBlock) * c_row));
-    float* const panel_data = local.take(width * kSteps);
-    float* const a_data = local.take(width * R);
-    float* const low_rank = local.take(kTokenBlock * c_row);
-    const MatrixC c{local.take(rows * c_row), c_row};
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t k0 = item * width, cols = min(width, K - k0);
-      for (int64_t n0 = 0; n0 < N; n0 += kSteps) {
-        const PackedB panel{panel_data, min(kSteps, N - n0), cols};
-        const int64_t next = n0 + kSteps < N ? (n0 + kSteps) * K + k0 : k0 + width;
-        for (int64_t i = 0; i < panel.depth; ++i) {
-          prefetch(b.weight, next + i * K, width);
-          pack_decoded(b.weight, (n0 + i) * K + k0, panel, i);
-        }
-        const float* g = g_packed + n0 / kSteps * rows * g_row;
-        gemm(rows, panel.depth, {g, g_row, 1}, panel, 0, c, n0 > 0);
-      }
-      const PackedB a_packed{a_data, R, cols};
-      pack_lora_A(b, k0, a_packed);
-      store_grad_x(b, m0, rows, k0, c, dz, dz_row, a_packed, low_rank);
-    }
-  });
+// dx and d_A by blocks of columns, many tokens.
+template <class Cell>
+inline void columns_panels(const Gradients& wanted, const Tokens& tokens) {
+  const int64_t N = wanted.b.weight.N, K = wanted.b.weight.K, R = wanted.b.R, width = in_block(K);
+  const int64_t base_row = width + kPad;
+  parallel_for(0, blocks(K, width), grain(panel_work(width * N, tokens.rows)),
+               [&](int64_t begin, int64_t end) {
+                 Carver local(local_scratch(width * (kSteps + 1) + PackedB::size(R, width) +
+                                            (tokens.rows + kTokenBlock) * base_row));
+                 float* const scratch = local.take(width * (kSteps + 1));
+                 float* const low_rank = local.take(PackedB::size(R, width) + kTokenBlock * base_row);
+                 const MatrixC base{local.take(tokens.rows * base_row), base_row};
+                 for (int64_t k0 = begin * width; k0 < min(end * width, K); k0 += width) {
+                   const int64_t cols = min(width, K - k0);
+                   if (wanted.A) add_grad_A(wanted, tokens, k0, cols, scratch);
+                   if (!wanted.x) continue;
+                   grad_x_panels<Cell>(wanted, tokens, k0, cols, scratch, base);
+                   store_grad_x(wanted, tokens, k0, cols, low_rank, base);
+                 }
+               });
 }
 
-// dx for M = 1 .. kFewRows tokens: the rows of Ŵ are added up in registers, four at a time; g is dY [M][N].
+// dx and d_A by stripes of columns, M tokens; tokens.grad_cells is dY [M][N].
 template <int M>
-inline void grad_x_few_rows(const Backward& b, const float* dz, int64_t dz_row, const float* g) {
-  constexpr int64_t kRows = 4, kAhead = 16, c_row = kStripe;
-  const int64_t N = b.weight.N, K = b.weight.K, R = b.R;
-  const bool in_registers = !is_dense(b.weight) && K % kTileCols == 0;
-  parallel_for(0, blocks(K, kStripe), grain(kStripe * N), [&](int64_t begin, int64_t end) {
-    Carver local(local_scratch(kStripe * (R + kRows + M + kTokenBlock)));
-    float* const a_data = local.take(kStripe * R);
-    float* const decoded = local.take(kStripe * kRows);
-    float* const low_rank = local.take(kStripe * kTokenBlock);
-    const MatrixC c{local.take(kStripe * M), c_row};
-    const UnitDecoder unit(b.weight.four_bit);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t k0 = item * kStripe, cols = min(kStripe, K - k0);
-      std::memset(c.data, 0, M * c_row * sizeof(float));
-      for (int64_t n0 = 0; n0 < N; n0 += kRows) {
-        const int64_t n = min(kRows, N - n0);
-        for (int64_t i = 0; i < kRows; ++i) prefetch(b.weight, (n0 + kAhead + i) * K + k0, kStripe);
-        if (!in_registers)
-          for (int64_t i = 0; i < n; ++i) decode(b.weight, (n0 + i) * K + k0, cols, decoded + i * kStripe);
-        float scale[kRows] = {1.0f, 1.0f, 1.0f, 1.0f};
-        for (int64_t i = 0; i < n && in_registers; ++i) scale[i] = unit.first_scale((n0 + i) * K + k0);
-        for (int64_t k = 0; k < cols; k += kTileCols) {
-          V acc[M][2];
-          for (int m = 0; m < M; ++m)
-            for (int h = 0; h < 2; ++h) acc[m][h] = load(c.data + m * c_row + k + h * kLanes);
-          for (int64_t i = 0; i < n; ++i) {
-            V first, second;
-            if (in_registers) {
-              unit.codes((n0 + i) * K + k0 + k, first, second);
-              unit.next_scale((n0 + i) * K + k0 + k, scale[i]);
-            } else {
-              first = load(decoded + i * kStripe + k);
-              second = load(decoded + i * kStripe + k + kLanes);
-            }
-#pragma GCC unroll 4
-            for (int m = 0; m < M; ++m) {
-              const V factor = splat(g[m * N + n0 + i] * scale[i]);
-              acc[m][0] = fma(first, factor, acc[m][0]);
-              acc[m][1] = fma(second, factor, acc[m][1]);
-            }
-          }
-          for (int m = 0; m < M; ++m)
-            for (int h = 0; h < 2; ++h) store(c.data + m * c_row + k + h * kLanes, acc[m][h]);
-        }
-      }
-      const PackedB a_packed{a_data, R, cols};
-      pack_lora_A(b, k0, a_packed);
-      store_grad_x(b, 0, M, k0, c, dz, dz_row, a_packed, low_rank);
+inline void columns_few_rows(const Gradients& wanted, const Tokens& tokens) {
+  const Weight& w = wanted.b.weight;
+  const int64_t K = w.K, R = wanted.b.R, width = in_block(K);
+  parallel_for(0, blocks(K, kStripe), grain(kStripe * w.N), [&](int64_t begin, int64_t end) {
+    Carver local(local_scratch(kStripe * (4 + 2 * M + R + kTokenBlock) + width * (kSteps + 1)));
+    float* const scratch = local.take(kStripe * (4 + M));
+    float* const low_rank = local.take(kStripe * (R + kTokenBlock));
+    float* const x = local.take(width * (kSteps + 1));
+    const MatrixC base{local.take(kStripe * M), kStripe};
+    for (int64_t k0 = begin * kStripe; k0 < min(end * kStripe, K); k0 += kStripe) {
+      const int64_t cols = min(kStripe, K - k0);
+      for (int64_t k = 0; k < cols && wanted.A; k += width)
+        add_grad_A(wanted, tokens, k0 + k, min(width, cols - k), x);
+      if (!wanted.x) continue;
+      grad_x_few_rows<M>(w, tokens.grad_cells, k0, cols, scratch, base.data);
+      store_grad_x(wanted, tokens, k0, cols, low_rank, base);
     }
   });
 }
 
-// dx [M, K]; `scratch` holds the packed dY of a superblock, or dY itself when there are few rows.
-inline void grad_x(const Backward& b, const float* dz, int64_t dz_row, int64_t superblock_rows,
-                   float* scratch) {
-  if (b.M <= kFewRows) to_float(b.grad, 0, b.M * b.weight.N, scratch);
-  switch (b.M) {
-    case 1:
-      return grad_x_few_rows<1>(b, dz, dz_row, scratch);
-    case 2:
-      return grad_x_few_rows<2>(b, dz, dz_row, scratch);
-    case 3:
-      return grad_x_few_rows<3>(b, dz, dz_row, scratch);
-    case 4:
-      return grad_x_few_rows<4>(b, dz, dz_row, scratch);
-    default:
-      for (int64_t m0 = 0; m0 < b.M; m0 += superblock_rows)
-        grad_x_superblock(b, m0, min(superblock_rows, b.M - m0), dz, dz_row, scratch);
+// d_A and d_B in their own dtypes.
+inline void store_factors(const Gradients& wanted) {
+  const Backward& b = wanted.b;
+  const int64_t K = b.weight.K, N = b.weight.N, R = b.R;
+  for (int64_t r = 0; r < R && wanted.A; ++r) from_float(wanted.d_A + r * wanted.a_row, K, b.d_A, r * K);
+  for (int64_t n = 0; n < N && wanted.B; ++n) {
+    float* const row = wanted.d_B + n * wanted.r_row;
+    for (int64_t r = 0; r < R; ++r) row[r] *= b.scaling;
+    from_float(row, R, b.d_B, n * R);
   }
+}
+
+template <class Cell>
+inline void backward_as(const Backward& b) {
+  const int64_t N = b.weight.N, R = b.R, most = superblock(b.M, blocks(N, Cell::kValues));
+  Gradients wanted(b);
+  const bool plain = wanted.x && !wanted.panels;  // dY as fp32 rows
+  const int64_t cells_size = wanted.panels ? blocks(N, kSteps * Cell::kValues) * kPanelRow * most
+                             : plain       ? b.M * N
+                                           : 0;
+  const int64_t z_size = PackedB::size(most, R), dz_size = most * wanted.r_row;
+  const int64_t A_size = wanted.A ? R * wanted.a_row : 0, B_size = wanted.B ? N * wanted.r_row : 0;
+  Groups dz(N, R, most);
+  Carver shared(shared_scratch(Carver::total({A_size, B_size, dz_size, cells_size, z_size, dz.size()})));
+  wanted.d_A = shared.take(A_size);
+  wanted.d_B = shared.take(B_size);
+  Tokens tokens{0, 0, shared.take(dz_size), shared.take(cells_size)};
+  float* const z_data = shared.take(z_size);
+  dz.parts = shared.take(dz.size());
+  for (; tokens.m0 < b.M; tokens.m0 += most) {
+    dz.rows = tokens.rows = min(most, b.M - tokens.m0);
+    const PackedB z_packed{z_data, tokens.rows, R};
+    for (int64_t m = 0; m < tokens.rows && wanted.B; ++m)
+      pack_row(z_packed, m, [&](int64_t j, int64_t n, float* out) {
+        std::memcpy(out, b.z + (tokens.m0 + m) * R + j, n * sizeof(float));
+      });
+    read_grad<Cell>(wanted, tokens, z_packed, dz);
+    if (wanted.dz()) finish_dz(wanted, tokens, dz);
+    if (plain) {
+      to_float(b.grad, 0, b.M * N, tokens.grad_cells);
+      with_few_rows(b.M, [&](auto M) { columns_few_rows<M()>(wanted, tokens); });
+    } else if (wanted.x || wanted.A) {
+      columns_panels<Cell>(wanted, tokens);
+    }
+  }
+  store_factors(wanted);
+}
+
+// Sums over no tokens.
+inline void zero_gradients(const Backward& b) {
+  const auto zero = [](Result result, int64_t n) {
+    if (result.data == nullptr) return;
+    visit(result.dtype, [&](auto* type) { std::memset(result.data, 0, n * sizeof(*type)); });
+  };
+  zero(b.d_A, b.R * b.weight.K);
+  zero(b.d_B, b.weight.N * b.R);
+  zero({b.dbias, DType::kFloat32}, b.weight.N);
 }
 
 // The wanted gradients; see Backward.
 inline void backward(const Backward& b) {
-  const int64_t N = b.weight.N, R = b.R, M = b.M;
-  const bool wants_x = b.dx.data != nullptr && M > 0;
-  const bool wants_A = b.d_A.data != nullptr && R > 0;
-  const bool wants_B = b.d_B.data != nullptr && R > 0;
-  const int64_t dz_row = round_up(R, kLanes), rows = superblock(M > 0 ? M : 1, N);
-  const int64_t packed_grad = wants_x ? blocks(N, kSteps) * kPanelRow * rows : 0;
-  Carver shared(
-      shared_scratch(PackedB::size(N, R) + round_up(M * dz_row, 16) + PackedB::size(M, R) + packed_grad));
-  if (wants_B || b.dbias != nullptr) {
-    const PackedB z_packed{shared.take(PackedB::size(M, R)), M, R};
-    for (int64_t m = 0; m < M; ++m)
-      pack_row(z_packed, m, [&](int64_t j, int64_t n, float* out) {
-        std::memcpy(out, b.z + m * R + j, n * sizeof(float));
-      });
-    grad_B_and_bias(b, z_packed);
-  }
-  float* const dz = shared.take(M * dz_row);
-  if (R > 0 && (wants_x || wants_A)) {
-    const PackedB b_packed{shared.take(PackedB::size(N, R)), N, R};
-    parallel_for(0, N, grain(4 * R), [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n)
-        pack_row(b_packed, n,
-                 [&](int64_t j, int64_t count, float* out) { to_float(b.lora_B, n * R + j, count, out); });
-    });
-    grad_z(b, b_packed, dz, dz_row);
-  }
-  if (wants_A) grad_A(b, dz, dz_row);
-  if (wants_x) grad_x(b, dz, dz_row, rows, shared.take(packed_grad));
+  if (b.M == 0) return zero_gradients(b);
+#ifdef PEFT_FAST_PAIRS
+  if (b.x.dtype == DType::kBFloat16 && b.grad.dtype == DType::kBFloat16) return backward_as<Pair>(b);
+#endif
+  backward_as<Single>(b);
 }
 
 }  // namespace peft_fast::PEFT_FAST_LEVEL

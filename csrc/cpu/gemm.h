@@ -1,13 +1,31 @@
 // C[I, J] += A[I, P] · B[P, J] as outer products, and the packed layout of B. Compiled once per level.
+//
+// Operands are made of 32-bit cells along the reduction: one fp32 value, or two adjacent bf16 values where
+// the level multiplies such pairs. Sums are fp32. Both kinds are moved and counted as floats; only the
+// product looks into a cell.
 #pragma once
 
 #include "vector.h"
 
 namespace peft_fast::PEFT_FAST_LEVEL {
 
+// One fp32 value a cell.
+struct Single {
+  static constexpr int kValues = 1;
+  static V multiply_add(V a, V b, V sum) { return fma(a, b, sum); }
+};
+
+#ifdef PEFT_FAST_PAIRS
+// Two bf16 values a cell, the first in the low half.
+struct Pair {
+  static constexpr int kValues = 2;
+  static V multiply_add(V a, V b, V sum) { return dot_pairs(a, b, sum); }
+};
+#endif
+
 // Columns of a register tile, and the values that one table lookup decodes.
 constexpr int kTileCols = 2 * kLanes;
-// Steps of one accumulation, and the row length of a panel of A that holds them; the odd line keeps rows off
+// Cells of one accumulation, and the row length of a panel of A that holds them; the odd line keeps rows off
 // the same cache sets.
 constexpr int kSteps = 256;
 constexpr int kPanelRow = kSteps + 16;
@@ -18,8 +36,8 @@ struct MatrixA {
   int64_t row, step;
 };
 
-// Column tiles one after another: tile t is [depth][width] with width kTileCols, or kLanes when a last tile
-// of few columns fits one vector. Columns past `cols` are padding.
+// Column tiles one after another: tile t is [depth cells][width] with width kTileCols, or kLanes when a last
+// tile of few columns fits one vector. Columns past `cols` are padding.
 struct PackedB {
   float* data;
   int64_t depth, cols;
@@ -27,7 +45,7 @@ struct PackedB {
   int64_t width(int64_t j) const { return cols - j > kLanes ? kTileCols : kLanes; }
   // Row p of the tile that starts at column j (a multiple of kTileCols).
   float* row(int64_t j, int64_t p) const { return data + j * depth + p * width(j); }
-  // Floats to reserve for it: whole cache lines, as scratch is handed out.
+  // Cells to reserve for it: whole cache lines, as scratch is handed out.
   static int64_t size(int64_t depth, int64_t cols) { return round_up(depth * round_up(cols, kTileCols), 16); }
 };
 
@@ -50,7 +68,7 @@ inline void pack_row(const PackedB& b, int64_t p, Fill fill) {
 
 // One register tile: I rows, J vectors, P steps from zero, then stored or added to C. `Row` is a.row where it
 // is known to the compiler (twelve row addresses need no registers then), else 0.
-template <int I, int J, int Row>
+template <class Cell, int I, int J, int Row>
 inline void tile(MatrixA matrix, const float* b, int64_t P, float* c, int64_t c_row, bool accumulate) {
   const int64_t a_row = Row != 0 ? Row : matrix.row, a_step = Row != 0 ? 1 : matrix.step;
   const float* a = matrix.data;
@@ -63,7 +81,7 @@ inline void tile(MatrixA matrix, const float* b, int64_t P, float* c, int64_t c_
     for (int i = 0; i < I; ++i) {
       const V av = splat(a[i * a_row]);
 #pragma GCC unroll 2
-      for (int j = 0; j < J; ++j) acc[i][j] = fma(av, bv[j], acc[i][j]);
+      for (int j = 0; j < J; ++j) acc[i][j] = Cell::multiply_add(av, bv[j], acc[i][j]);
     }
   }
 #pragma GCC unroll 16
@@ -75,28 +93,29 @@ inline void tile(MatrixA matrix, const float* b, int64_t P, float* c, int64_t c_
     }
 }
 
-template <int I, int J>
+template <class Cell, int I, int J>
 inline void tile_column(int64_t rows, int64_t P, MatrixA a, const float* b, MatrixC c, bool accumulate) {
   for (; rows >= I; rows -= I, a.data += I * a.row, c.data += I * c.row) {
     if (a.row == kPanelRow && a.step == 1)
-      tile<I, J, kPanelRow>(a, b, P, c.data, c.row, accumulate);
+      tile<Cell, I, J, kPanelRow>(a, b, P, c.data, c.row, accumulate);
     else
-      tile<I, J, 0>(a, b, P, c.data, c.row, accumulate);
+      tile<Cell, I, J, 0>(a, b, P, c.data, c.row, accumulate);
   }
   if constexpr (I > 1) {
     constexpr int kNext = I > 8 ? 8 : I > 4 ? 4 : I / 2;
-    if (rows > 0) tile_column<kNext, J>(rows, P, a, b, c, accumulate);
+    if (rows > 0) tile_column<Cell, kNext, J>(rows, P, a, b, c, accumulate);
   }
 }
 
 // c[0:rows, 0:b.cols] (+)= a[0:rows, 0:P] · b[p0:p0+P]. Each element is summed over p in order, from zero.
+template <class Cell>
 inline void gemm(int64_t rows, int64_t P, MatrixA a, PackedB b, int64_t p0, MatrixC c, bool accumulate) {
   for (int64_t j = 0; j < b.cols; j += kTileCols) {
     const MatrixC cj{c.data + j, c.row};
     if (b.width(j) == kTileCols)
-      tile_column<kTileRows, 2>(rows, P, a, b.row(j, p0), cj, accumulate);
+      tile_column<Cell, kTileRows, 2>(rows, P, a, b.row(j, p0), cj, accumulate);
     else
-      tile_column<kTileRows, 1>(rows, P, a, b.row(j, p0), cj, accumulate);
+      tile_column<Cell, kTileRows, 1>(rows, P, a, b.row(j, p0), cj, accumulate);
   }
 }
 

@@ -47,8 +47,9 @@ struct Forward {
   Operand lora_B;  // [N, R]
   Dropout dropout;
   float scaling;
-  Result y;  // [M, N]
-  float* z;  // [M, R]
+  bool batch_invariant;  // the bits of a row do not depend on the other rows, nor on their number
+  Result y;              // [M, N]
+  float* z;              // [M, R]
 };
 
 // dZ = scaling · dY · lora_B,  dX = dY · Ŵ + drop(dZ · lora_A),  dA = dZᵀ · drop(x),  dB = scaling · dYᵀ · z,
@@ -63,10 +64,11 @@ struct Backward {
   const float* z;  // [M, R]
   Dropout dropout;
   float scaling;
-  Result dx;     // [M, K]
-  Result d_A;    // [R, K]
-  Result d_B;    // [N, R]
-  float* dbias;  // [N], or null
+  bool batch_invariant;  // of dx; the other gradients are sums over rows
+  Result dx;             // [M, K]
+  Result d_A;            // [R, K]
+  Result d_B;            // [N, R]
+  float* dbias;          // [N], or null
 };
 
 // One instruction-set level. The same bits come out for any number of threads.
@@ -76,6 +78,9 @@ struct Kernels {
   void (*dequantize)(const Weight&, Result out);  // out [N, K], each value rounded once
 };
 
+namespace avx512bf16 {
+extern const Kernels kernels;
+}
 namespace avx512 {
 extern const Kernels kernels;
 }

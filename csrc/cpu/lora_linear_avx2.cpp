@@ -1,6 +1,7 @@
 // The kernels for AVX2, FMA and F16C. The target is set after the shared headers, so that no function
 // that other files may link against is compiled for it.
 #include <cstring>
+#include <initializer_list>
 #include <type_traits>
 
 #include <torch/csrc/stable/ops.h>
@@ -13,6 +14,7 @@
 #pragma GCC target("avx2,fma,f16c")
 
 #define PEFT_FAST_LEVEL avx2
+#define PEFT_FAST_LEVEL_ID Level::kAvx2
 #include "simd_avx2.h"
 #include "backward.h"
 

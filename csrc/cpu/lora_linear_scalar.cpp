@@ -1,5 +1,6 @@
 // The kernels for the baseline instruction set.
 #include <cstring>
+#include <initializer_list>
 #include <type_traits>
 
 #include <torch/csrc/stable/ops.h>
@@ -7,6 +8,7 @@
 #include "lora_linear.h"
 
 #define PEFT_FAST_LEVEL scalar
+#define PEFT_FAST_LEVEL_ID Level::kScalar
 #include "simd_scalar.h"
 #include "backward.h"
 

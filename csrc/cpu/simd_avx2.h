@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-namespace peft_fast::avx2 {
+namespace peft_fast::PEFT_FAST_LEVEL {
 
 using V = __m256;
 constexpr int kLanes = 8;
@@ -28,6 +28,9 @@ struct Table {
 inline Table load_table(const float* code) {
   return {_mm256_loadu_ps(code), _mm256_loadu_ps(code + 8)};
 }
+inline Table scale_table(Table table, float scale) {
+  return {table.low * scale, table.high * scale};
+}
 
 inline V lookup_eight(__m128i nibbles, Table table) {
   const __m256i index = _mm256_cvtepu8_epi32(nibbles);
@@ -45,4 +48,4 @@ inline void lookup(const uint8_t* bytes, Table table, V& first, V& second) {
   second = lookup_eight(_mm_srli_si128(nibbles, 8), table);
 }
 
-}  // namespace peft_fast::avx2
+}  // namespace peft_fast::PEFT_FAST_LEVEL

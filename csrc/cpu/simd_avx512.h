@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-namespace peft_fast::avx512 {
+namespace peft_fast::PEFT_FAST_LEVEL {
 
 using V = __m512;
 constexpr int kLanes = 16;
@@ -28,6 +28,9 @@ using Table = __m512;
 inline Table load_table(const float* code) {
   return _mm512_loadu_ps(code);
 }
+inline Table scale_table(Table table, float scale) {
+  return table * scale;
+}
 
 // Looks up the 32 nibbles of bytes[16], in element order.
 inline void lookup(const uint8_t* bytes, Table table, V& first, V& second) {
@@ -40,4 +43,4 @@ inline void lookup(const uint8_t* bytes, Table table, V& first, V& second) {
   second = _mm512_maskz_permutexvar_ps(kAll, second_index, table);
 }
 
-}  // namespace peft_fast::avx512
+}  // namespace peft_fast::PEFT_FAST_LEVEL

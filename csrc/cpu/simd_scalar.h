@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-namespace peft_fast::scalar {
+namespace peft_fast::PEFT_FAST_LEVEL {
 
 typedef float V __attribute__((vector_size(16)));
 typedef uint16_t HalfBits __attribute__((vector_size(8)));
@@ -29,15 +29,25 @@ inline HalfBits float_to_half(V v) {
 }
 
 // The sixteen values of a 4-bit format, ready for lookups.
-using Table = const float*;
+struct Table {
+  float values[16];
+};
 inline Table load_table(const float* code) {
-  return code;
+  Table table;
+  for (int i = 0; i < 16; ++i) table.values[i] = code[i];
+  return table;
+}
+inline Table scale_table(Table table, float scale) {
+  for (float& value : table.values) value *= scale;
+  return table;
 }
 
 // Looks up the 8 nibbles of bytes[4], in element order.
-inline void lookup(const uint8_t* bytes, Table table, V& first, V& second) {
-  first = V{table[bytes[0] >> 4], table[bytes[0] & 15], table[bytes[1] >> 4], table[bytes[1] & 15]};
-  second = V{table[bytes[2] >> 4], table[bytes[2] & 15], table[bytes[3] >> 4], table[bytes[3] & 15]};
+inline void lookup(const uint8_t* bytes, const Table& table, V& first, V& second) {
+  first = V{table.values[bytes[0] >> 4], table.values[bytes[0] & 15], table.values[bytes[1] >> 4],
+            table.values[bytes[1] & 15]};
+  second = V{table.values[bytes[2] >> 4], table.values[bytes[2] & 15], table.values[bytes[3] >> 4],
+             table.values[bytes[3] & 15]};
 }
 
-}  // namespace peft_fast::scalar
+}  // namespace peft_fast::PEFT_FAST_LEVEL

@@ -63,10 +63,14 @@ inline void store(F16* p, V v) {
   const auto bits = float_to_half(v);
   std::memcpy(p, &bits, sizeof(bits));
 }
-inline void store(BF16* p, V v) {
+// The bits of v as bf16: to nearest, ties to even.
+inline Bits bfloat16_bits(V v) {
   const Bits bits = (Bits)v;
-  const Bits rounded = (bits + ((bits >> 16 & 1) + 0x7FFF)) >> 16;  // to nearest, ties to even
-  const Bits16 result = __builtin_convertvector(v == v ? rounded : Bits{} + 0x7FC0, Bits16);
+  const Bits rounded = (bits + ((bits >> 16 & 1) + 0x7FFF)) >> 16;
+  return v == v ? rounded : Bits{} + 0x7FC0;
+}
+inline void store(BF16* p, V v) {
+  const Bits16 result = __builtin_convertvector(bfloat16_bits(v), Bits16);
   std::memcpy(p, &result, sizeof(result));
 }
 
@@ -116,10 +120,23 @@ inline void from_float(const float* src, int64_t n, Result dst, int64_t begin) {
   });
 }
 
+// Sixteen mask bits or fewer, one for each lane of the vector at column i of a row of the mask.
+inline uint32_t lane_bits(const uint8_t* mask, int64_t i) {
+  if constexpr (kLanes == 16) return load_bits<uint16_t>(mask + i / 8);
+  return mask[i / 8] >> (i & 7);
+}
+
 // row[0:n] = what dropout leaves of it: columns begin.. of token m. `begin` is a multiple of 8.
 inline void drop(const Dropout& dropout, int64_t K, int64_t m, int64_t begin, int64_t n, float* row) {
   const uint8_t* mask = dropout.mask + m * ((K + 7) / 8) + begin / 8;
-  for (int64_t i = 0; i < n; ++i) row[i] = mask[i >> 3] >> (i & 7) & 1 ? row[i] * dropout.scale : 0.0f;
+  Bits lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = 1u << i;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Bits keep = (Bits)((lane_bits(mask, i) & lane) != 0);
+    store(row + i, (V)((Bits)(load(row + i) * dropout.scale) & keep));
+  }
+  for (; i < n; ++i) row[i] = mask[i >> 3] >> (i & 7) & 1 ? row[i] * dropout.scale : 0.0f;
 }
 
 // dst[c][r] = src[r][c] for r < rows, c < cols.

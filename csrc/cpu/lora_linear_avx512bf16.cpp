@@ -1,0 +1,24 @@
+// The kernels for AVX-512 with BF16. The target is set after the shared headers, so that no function
+// that other files may link against is compiled for it.
+#include <cstring>
+#include <initializer_list>
+#include <type_traits>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "lora_linear.h"
+
+#ifdef __x86_64__
+#include <immintrin.h>
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+
+#define PEFT_FAST_LEVEL avx512bf16
+#define PEFT_FAST_LEVEL_ID Level::kAvx512Bf16
+#include "simd_avx512bf16.h"
+#include "backward.h"
+
+namespace peft_fast::avx512bf16 {
+const Kernels kernels{forward, backward, dequantize};
+}
+#endif

@@ -1,0 +1,32 @@
+// How an op is carried out for a shape: one row of measured choices for each level.
+//
+// `bench/cpu_strategies.py` measures what the rows state.
+#pragma once
+
+#include <cstdint>
+
+namespace peft_fast {
+
+enum class Level { kScalar, kAvx2, kAvx512, kAvx512Bf16 };
+
+struct Strategy {
+  // Up to so many tokens no panel is formed: each weight is decoded in registers, and used for every token.
+  int64_t few_rows;
+  // Rows of the weight in a forward panel; the panel and its results stay in L2.
+  int64_t out_block;
+  // Columns of the weight in a dX panel, for a weight of up to `narrow` columns and for wider ones. Narrow
+  // panels leave a small weight enough of them to share evenly; wide ones read the packed rows in longer
+  // runs.
+  int64_t narrow, narrow_block, wide_block;
+  // Tokens that one decoded panel serves.
+  int64_t superblock;
+};
+
+constexpr Strategy kStrategies[] = {
+    /* scalar     */ {4, 48, 1024, 64, 128, 512},
+    /* avx2       */ {4, 48, 1024, 64, 128, 512},
+    /* avx512     */ {4, 48, 1024, 64, 128, 512},
+    /* avx512bf16 */ {4, 48, 1024, 64, 128, 512},
+};
+
+}  // namespace peft_fast
