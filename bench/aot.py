@@ -8,6 +8,7 @@ Invariants of each row: no register spills, tensor-core instructions where the k
 shared memory within the device's limit, no 64-bit floating point, no contraction in the decode. The table is
 compared only when it was made with the running Triton version. Each row is compiled with a dropout mask, the
 sizes divisible by 16 except in the `odd` rows, and the launch options of `kernels/triton_kernels/launch.py`.
+Rows with out_scale are the training tiles on nf4.
 """
 
 from __future__ import annotations
@@ -71,9 +72,10 @@ class Variant(NamedTuple):
     x: str
     adapter: str
     weight: str
+    out_scale: bool = False
 
     def __str__(self) -> str:
-        return f"{self.x}/{self.adapter}/{self.weight}"
+        return f"{self.x}/{self.adapter}/{self.weight}" + "/out_scale" * self.out_scale
 
 
 # nf4 is nested, the longest decode; `odd` is nf4 with K not a multiple of the block size. Adapters in the
@@ -86,6 +88,16 @@ VARIANTS = (
     Variant("fp32", "fp32", "nf4"),
     Variant("fp32", "fp32", "odd"),
 )
+# With out_scale, the kernels that take it, on the tiles with the most rows.
+OUT_SCALE_VARIANTS = (Variant("bf16", "fp32", "nf4", True), Variant("fp32", "fp32", "nf4", True))
+
+# By kernel, the pointers that are None without out_scale.
+OUT_SCALE = {
+    "linear_kernel": ("p_out_scale",),
+    "dx_kernel": ("p_out_scale",),
+    "up_backward_kernel": ("p_out_scale", "p_bias", "p_y", "p_d_out_scale"),
+    "sum_kernel": ("p_d_out_scale_partial", "p_d_out_scale"),
+}
 
 
 class Case(NamedTuple):
@@ -122,8 +134,12 @@ class Row(NamedTuple):
 def cases() -> Iterator[Case]:
     """Every kernel × tile × target × variant that a launcher can ask for."""
     fixed = {"down_kernel": configs.DOWN, "up_backward_kernel": configs.UP_BACKWARD, "da_kernel": configs.DA}
-    for target, variant in itertools.product(TARGETS, VARIANTS):
+    out_scale = {"up_backward_kernel": configs.UP_BACKWARD_OUT_SCALE}
+    most_rows = max(tile.rows for tile in configs.MAIN_LOOP)
+    for target, variant in itertools.product(TARGETS, VARIANTS + OUT_SCALE_VARIANTS):
         for tile, linear, dx in zip(configs.MAIN_LOOP, configs.LINEAR, configs.DX, strict=True):
+            if variant.out_scale and tile.rows < most_rows:
+                continue
             if tile.takes(DTYPES[variant.x], aligned=variant.weight != "odd"):
                 yield _case(
                     "linear_kernel",
@@ -137,9 +153,10 @@ def cases() -> Iterator[Case]:
                     target,
                     variant,
                 )
-        yield _case("dequantize_kernel", configs.DEQUANTIZE, target, variant)
+        if not variant.out_scale:
+            yield _case("dequantize_kernel", configs.DEQUANTIZE, target, variant)
         if variant.weight == "nf4":
-            for kernel, tiles in fixed.items():
+            for kernel, tiles in (out_scale if variant.out_scale else fixed).items():
                 for tile in tiles[variant.x == "bf16"]:
                     yield _case(kernel, tile | {"BLOCK_R": max(configs.RANKS)}, target, variant)
             yield _case("sum_kernel", configs.SUM, target, variant)
@@ -164,6 +181,8 @@ def source(case: Case) -> tuple[ASTSource, dict[str, Any]]:
         "SPLIT": 16 if tile.get("BLOCK_M") == 16 else 1,
         "PRECISION": "ieee" if TARGETS[case.target].backend == "hip" else "tf32x3",
     }
+    if not variant.out_scale:
+        constants |= dict.fromkeys(OUT_SCALE.get(case.kernel, ()))
     if dense:
         constants |= {"stride_k": 1} | dict.fromkeys(
             ("absmax", "code", "nested_absmax", "nested_code", "nested_offset")

@@ -34,7 +34,6 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 DEVICE = device_of("triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ALL = Needs(True, True, True, True)
 
 
 def on_device(value):
@@ -77,12 +76,13 @@ def test_decode_through_an_identity(N, K, dtype):
     weight = make_weight("nf4", N, K)
     no_rank = [on_device(torch.empty(0, K)), on_device(torch.empty(N, 0))]
     eye_n, eye_k = (on_device(torch.eye(size, dtype=dtype)) for size in (N, K))
-    y, z = triton_kernels.lora_linear(eye_k, on_device(weight), None, *no_rank, None, 1.0, 0.0)
+    y, z = triton_kernels.lora_linear(eye_k, on_device(weight), None, *no_rank, None, None, 1.0, 0.0)
     assert torch.equal(y.cpu(), weight.decode(dtype).t())
     x = on_device(torch.zeros(N, K, dtype=dtype))
-    needs = Needs(True, False, False, False)
+    needs = Needs(True, False, False, False, False)
+    no_rank += [z.new_empty(N, 0)]
     grads = triton_kernels.lora_linear_backward(
-        eye_n, x, on_device(weight), *no_rank, z.new_empty(N, 0), None, 1.0, 0.0, needs
+        eye_n, x, on_device(weight), *no_rank, None, None, None, None, 1.0, 0.0, needs
     )
     assert torch.equal(grads.x.cpu(), weight.decode(dtype))
 
@@ -90,24 +90,30 @@ def test_decode_through_an_identity(N, K, dtype):
 # --------------------------------------------------------------------------------------------------- numbers
 
 
-def operands(M, N, K, R, dtype, adapter_dtypes, weight, p=0.0):
+def operands(M, N, K, R, dtype, adapter_dtypes, weight, p=0.0, out_scale=False):
     """The arguments of the forward, and grad; lora_A, lora_B and bias in `adapter_dtypes`."""
     a, b, c = adapter_dtypes
     x, grad = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
     lora_A, lora_B = (torch.randn(R, K) / K**0.5).to(a), torch.randn(N, R).to(b)
     mask = torch.ops.peft_fast.dropout_mask(x, p) if p else None
-    return (x, weight, torch.randn(N).to(c), lora_A, lora_B, mask, 0.7, p), grad
+    scale = torch.randn(N).sign() * (torch.rand(N) + 0.5) if out_scale else None
+    return [x, weight, torch.randn(N).to(c), lora_A, lora_B, mask, scale, 0.7, p], grad
 
 
 def widened(value):
     return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
 
 
-def run(module, arguments, grad, needs=ALL):
-    """{name: result} of one backend's forward and backward."""
-    x, weight, bias, lora_A, lora_B, mask, scaling, p = arguments
-    y, z = module.lora_linear(x, weight, bias, lora_A, lora_B, mask, scaling, p)
-    grads = module.lora_linear_backward(grad, x, weight, lora_A, lora_B, z, mask, scaling, p, needs)
+def run(module, arguments, grad, needs=None):
+    """{name: result} of one backend's forward and backward, by default with every gradient that there is."""
+    x, weight, bias, lora_A, lora_B, mask, out_scale, scaling, p = arguments
+    if needs is None:
+        needs = Needs(True, True, True, True, out_scale is not None)
+    y, z = module.lora_linear(x, weight, bias, lora_A, lora_B, mask, out_scale, scaling, p)
+    saved = (bias, y) if needs.out_scale else (None, None)
+    grads = module.lora_linear_backward(
+        grad, x, weight, lora_A, lora_B, z, mask, out_scale, *saved, scaling, p, needs
+    )
     return {"y": y, "z": z, **grads._asdict()}
 
 
@@ -115,8 +121,11 @@ def check(arguments, grad):
     got = run(triton_kernels, [on_device(a) for a in arguments], on_device(grad))
     plain = run(reference, arguments, grad)
     truth = run(reference, [widened(a) for a in arguments], widened(grad))
-    for name in truth:
-        assert_as_exact(name, got[name].cpu(), plain[name], truth[name])
+    for name, exact in truth.items():
+        if exact is None:
+            assert got[name] is None, name
+            continue
+        assert_as_exact(name, got[name].cpu(), plain[name], exact)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
@@ -143,10 +152,44 @@ def test_tile_borders(M, N, K, R, p):
     ],
 )
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
-def test_mixed_dtypes(dtype, adapter_dtypes, stored):
+@pytest.mark.parametrize("out_scale", [False, True])
+def test_mixed_dtypes(dtype, adapter_dtypes, stored, out_scale):
     """Every operand has its own dtype, the dense weight too, and it is a transposed view."""
     weight = formats.from_dense((torch.randn(48, 36) / 7).to(stored).t())
-    check(*operands(10, 36, 48, 6, dtype, adapter_dtypes, weight, p=0.2))
+    check(*operands(10, 36, 48, 6, dtype, adapter_dtypes, weight, 0.2, out_scale))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", ["dense", "nf4", "fp4"])
+@pytest.mark.parametrize(
+    ("M", "N", "K", "R", "p", "bias"),
+    [
+        (70, 40, 128, 5, 0.0, True),  # several row blocks
+        (9, 161, 70, 20, 0.4, False),  # chunks of several column blocks, blocks that straddle rows
+        (7, 33, 64, 71, 0.4, True),  # three rank blocks, of which one sums d_out_scale
+        (5, 41, 65, 0, 0.0, False),
+        (0, 33, 64, 3, 0.3, True),
+    ],
+)
+def test_out_scale(M, N, K, R, p, bias, format, dtype):
+    weight = make_weight(format, N, K, dtype=dtype)
+    arguments, grad = operands(M, N, K, R, dtype, [torch.float32] * 3, weight, p, out_scale=True)
+    if not bias:
+        arguments[2] = None
+        arguments[6][::7] = 2.0 ** (-20 if dtype == torch.float16 else -100)  # what stands for zero
+    check(arguments, grad)
+
+
+def test_out_scale_of_ones_is_plain_lora():
+    weight = make_weight("nf4", 70, 128)
+    arguments, grad = operands(9, 70, 128, 5, torch.float32, [torch.float32] * 3, weight, 0.3, out_scale=True)
+    arguments[6].fill_(1.0)
+    arguments, grad = [on_device(a) for a in arguments], on_device(grad)
+    ones = run(triton_kernels, arguments, grad)
+    assert ones.pop("out_scale").isfinite().all()
+    arguments[6] = None
+    for name, plain in run(triton_kernels, arguments, grad).items():
+        assert plain is None or torch.equal(bits(ones[name]), bits(plain)), name
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy, on the base term
@@ -180,16 +223,19 @@ def launched(monkeypatch):
     return names
 
 
-def test_only_what_is_needed_is_launched_and_computed(launched):
+@pytest.mark.parametrize("out_scale", [False, True])
+def test_only_what_is_needed_is_launched_and_computed(launched, out_scale):
+    """Six launches for a training step, with out_scale or without."""
     arguments, grad = operands(
-        9, 20, 32, 5, torch.float32, [torch.float32] * 3, make_weight("nf4", 20, 32), 0.3
+        9, 20, 32, 5, torch.float32, [torch.float32] * 3, make_weight("nf4", 20, 32), 0.3, out_scale
     )
     arguments, grad = [on_device(a) for a in arguments], on_device(grad)
     complete = run(triton_kernels, arguments, grad)
     assert launched == [
         "down_kernel", "linear_kernel", "up_backward_kernel", "sum_kernel", "dx_kernel", "da_kernel"
     ]  # fmt: skip
-    for needs in (Needs(*flags) for flags in itertools.product([False, True], repeat=4)):
+    for flags in itertools.product(*[[False, True]] * 4, [False, True][: 1 + out_scale]):
+        needs = Needs(*flags)
         del launched[:]
         got = run(triton_kernels, arguments, grad, needs)
         expected = ["down_kernel", "linear_kernel"]
@@ -205,7 +251,8 @@ def test_only_what_is_needed_is_launched_and_computed(launched):
 def test_rank_zero_launches_the_base_alone(launched):
     weight = make_weight("nf4", 40, 64)
     arguments, grad = operands(5, 40, 64, 0, torch.float32, [torch.float32] * 3, weight)
-    run(triton_kernels, [on_device(a) for a in arguments], on_device(grad), Needs(True, True, True, False))
+    needs = Needs(True, True, True, False, False)
+    run(triton_kernels, [on_device(a) for a in arguments], on_device(grad), needs)
     assert launched == ["linear_kernel", "dx_kernel"]
 
 

@@ -7,6 +7,11 @@
               3  dX = G·Ŵ + drop(dZ·A)
               4  dA = dZᵀ·drop(X)
 
+With out_scale [N], Y = out_scale ⊙ (X·Ŵᵀ + s·Z·Bᵀ) + bias, scaled in the accumulator. G ⊙ out_scale, which
+takes the place of G in dZ, dB and dX, is not formed: out_scale multiplies the rows of B, dB and Ŵ instead, so
+that G reaches the tensor cores as it is, unrounded and without a pass through registers. d_out_scale =
+Σ G ⊙ (Y − bias) / out_scale joins the first launch, which then reads Y beside G. No launch is added.
+
 Shapes: X [M, K], Ŵ [N, K], A [R, K], B [N, R], any R ≥ 0. Nothing of size [N, K] or a second [M, N] is
 written; the largest temporaries are up to 16 partial sums of dB and, for training-size M, 8 of dZ. No
 atomics: results are the same bits on every run with the same tiles. Dropout multiplies by 1/(1−p) after the
@@ -26,7 +31,7 @@ from peft_fast.reference import Gradients, Needs, dropout_scale
 from . import configs
 from .decode import decode_tile
 from .launch import empty, launch, precision, weight_args
-from .tiles import cast, dot, drop_tile, grouped_order, load_tile, store_tile, widen
+from .tiles import cast, dot, drop_tile, grouped_order, load_tile, load_vector, store_tile
 
 
 @triton.jit
@@ -52,7 +57,8 @@ def down_kernel(
 @configs.tuned(configs.LINEAR)
 @triton.jit
 def linear_kernel(
-    p_x, weight, absmax, code, nested_absmax, nested_code, nested_offset, p_bias, p_b, p_partial, p_z, p_y,
+    p_x, weight, absmax, code, nested_absmax, nested_code, nested_offset, p_bias, p_b, p_out_scale,
+    p_partial, p_z, p_y,
     M, N, K, R, stride_n, stride_k,
     scaling,
     BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, ALIGNED: tl.constexpr,
@@ -82,20 +88,21 @@ def linear_kernel(
                 store_tile(p_z, b_z, i_m, i_r, M, R)
         b_b = load_tile(p_b, i_n, i_r, N, R, BLOCK_N, BLOCK_R)
         b_y = dot(b_z * scaling, tl.trans(b_b), b_y, PRECISION)
+    if p_out_scale is not None:
+        b_y *= load_vector(p_out_scale, i_n, N, 0.0, BLOCK_N)[None, :]
     if p_bias is not None:
-        o_n = i_n + tl.arange(0, BLOCK_N)
-        b_y += widen(tl.load(p_bias + o_n, mask=o_n < N, other=0.0)).to(tl.float32)[None, :]
+        b_y += load_vector(p_bias, i_n, N, 0.0, BLOCK_N)[None, :]
     store_tile(p_y, b_y, i_m, i_n, M, N)
 
 
 @triton.jit
 def up_backward_kernel(
-    p_g, p_b, p_z, p_dz, p_db, p_dbias,
+    p_g, p_b, p_z, p_out_scale, p_bias, p_y, p_dz, p_db, p_dbias, p_d_out_scale,
     M, N, R, columns,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of dZ [chunks, M, R], dB [SPLIT, N, R] and dbias [SPLIT, N], before scaling.
+    """Partial sums of dZ [chunks, M, R], dB [SPLIT, N, R], dbias and d_out_scale [SPLIT, N], before scaling.
 
     Program (chunk, rank block, split) reads `columns` column blocks of G, every SPLIT-th row block. Its sums
     of dB stay in registers; those of dZ grow in its own slice of the result, which L2 holds. Results that are
@@ -109,8 +116,13 @@ def up_backward_kernel(
         i_n = (i_chunk * columns + i_column) * BLOCK_N
         if p_dz is not None:
             b_b = load_tile(p_b, i_n, i_r, N, R, BLOCK_N, BLOCK_R)
+            if p_out_scale is not None:
+                b_b *= load_vector(p_out_scale, i_n, N, 1.0, BLOCK_N)[:, None]
+        if p_d_out_scale is not None and p_bias is not None:
+            b_bias = load_vector(p_bias, i_n, N, 0.0, BLOCK_N)
         b_db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
         b_dbias = tl.zeros((BLOCK_N,), tl.float32)
+        b_d_out_scale = tl.zeros((BLOCK_N,), tl.float32)
         for i_m in range(i_split * BLOCK_M, M, SPLIT * BLOCK_M):
             b_g = load_tile(p_g, i_m, i_n, M, N, BLOCK_M, BLOCK_N)
             if p_dz is not None:
@@ -122,11 +134,24 @@ def up_backward_kernel(
                 b_db = dot(tl.trans(b_g), b_z, b_db, PRECISION)
             if p_dbias is not None:
                 b_dbias += tl.sum(b_g.to(tl.float32), 0)
+            if p_d_out_scale is not None:
+                # One rank block stores the sum: the others load no rows of Y.
+                b_y = load_tile(p_y, i_m, i_n, tl.where(i_rank == 0, M, 0), N, BLOCK_M, BLOCK_N)
+                b_y = b_y.to(tl.float32)
+                if p_bias is not None:
+                    b_y -= b_bias[None, :]
+                b_d_out_scale += tl.sum(b_g.to(tl.float32) * b_y, 0)
         if p_db is not None:
+            if p_out_scale is not None:
+                b_db *= load_vector(p_out_scale, i_n, N, 1.0, BLOCK_N)[:, None]
             store_tile(p_db + tl.cast(i_split, tl.int64) * N * R, b_db, i_n, i_r, N, R)
         if p_dbias is not None and i_rank == 0:
             o_n = i_n + tl.arange(0, BLOCK_N)
             tl.store(p_dbias + tl.cast(i_split, tl.int64) * N + o_n, b_dbias, mask=o_n < N)
+        if p_d_out_scale is not None and i_rank == 0:
+            o_n = i_n + tl.arange(0, BLOCK_N)
+            b_d_out_scale /= load_vector(p_out_scale, i_n, N, 1.0, BLOCK_N)
+            tl.store(p_d_out_scale + tl.cast(i_split, tl.int64) * N + o_n, b_d_out_scale, mask=o_n < N)
         # The next column block reads the sums of dZ that other threads of this program have written.
         tl.debug_barrier()
 
@@ -144,12 +169,12 @@ def sum_partials(p_partial, p_out, i_block, n_partials, numel, scale, BLOCK: tl.
 
 @triton.jit
 def sum_kernel(
-    p_dz_partial, p_db_partial, p_dbias_partial, p_dz, p_db, p_dbias,
+    p_dz_partial, p_db_partial, p_dbias_partial, p_d_out_scale_partial, p_dz, p_db, p_dbias, p_d_out_scale,
     M, N, R, n_chunks,
     scaling,
     SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dZ, dB and dbias from their partial sums, each in its share of the programs; None is not computed."""
+    """dZ, dB, dbias and d_out_scale (None: left out) from partial sums, each in its share of the programs."""
     i_block = tl.program_id(0)
     if p_dz is not None:
         n_blocks = tl.cdiv(tl.cast(M, tl.int64) * R, BLOCK)
@@ -161,6 +186,11 @@ def sum_kernel(
         if i_block >= 0 and i_block < n_blocks:
             sum_partials(p_db_partial, p_db, i_block, SPLIT, tl.cast(N, tl.int64) * R, scaling, BLOCK)
         i_block -= n_blocks
+    if p_d_out_scale is not None:
+        n_blocks = tl.cdiv(N, BLOCK)
+        if i_block >= 0 and i_block < n_blocks:
+            sum_partials(p_d_out_scale_partial, p_d_out_scale, i_block, SPLIT, N, 1.0, BLOCK)
+        i_block -= n_blocks
     if p_dbias is not None and i_block >= 0:
         sum_partials(p_dbias_partial, p_dbias, i_block, SPLIT, N, 1.0, BLOCK)
 
@@ -168,7 +198,8 @@ def sum_kernel(
 @configs.tuned(configs.DX)
 @triton.jit
 def dx_kernel(
-    p_g, weight, absmax, code, nested_absmax, nested_code, nested_offset, p_a, p_dz, p_mask, p_dx,
+    p_g, weight, absmax, code, nested_absmax, nested_code, nested_offset, p_a, p_dz, p_mask, p_out_scale,
+    p_dx,
     M, N, K, R, stride_n, stride_k,
     drop_scale,
     BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, ALIGNED: tl.constexpr,
@@ -192,6 +223,8 @@ def dx_kernel(
             i_n, i_k, N, K, stride_n, stride_k,
             BLOCKSIZE, NESTED_BLOCKSIZE, ALIGNED, BLOCK_N, BLOCK_K,
         )  # fmt: skip
+        if p_out_scale is not None:
+            b_w = b_w.to(tl.float32) * load_vector(p_out_scale, i_n, N, 0.0, BLOCK_N)[:, None]
         b_dx = dot(b_g, cast(b_w, p_g.dtype.element_ty), b_dx, PRECISION)
     store_tile(p_dx, b_dx, i_m, i_k, M, K)
 
@@ -222,6 +255,7 @@ def lora_linear(
     lora_A: Tensor,
     lora_B: Tensor,
     dropout_mask: Tensor | None,
+    out_scale: Tensor | None,
     scaling: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
@@ -245,7 +279,7 @@ def lora_linear(
         rows = triton.cdiv(M, block_m)
         launch(
             linear_kernel, lambda meta: (rows * triton.cdiv(N, meta["BLOCK_N"]),), device,
-            x, *tensors, bias, lora_B, partial, z, y,
+            x, *tensors, bias, lora_B, out_scale, partial, z, y,
             M, N, K, R, *strides,
             scaling,
             SPLIT=split, PRECISION=precision(device), BLOCK_M=block_m, BLOCK_R=configs.RANK_STEP, **decoding,
@@ -261,6 +295,9 @@ def lora_linear_backward(
     lora_B: Tensor,
     z: Tensor,
     dropout_mask: Tensor | None,
+    out_scale: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
     scaling: float,
     dropout_p: float,
     needs: Needs,
@@ -272,7 +309,8 @@ def lora_linear_backward(
     dz = empty((M, R), torch.float32, device) if needs.x or needs.lora_A else None
     d_B = empty((N, R), lora_B.dtype, device) if needs.lora_B else None
     dbias = empty((N,), torch.float32, device) if needs.bias else None
-    _up_backward(grad, lora_B, z, dz, d_B, dbias, scaling, block_r)
+    d_out_scale = empty((N,), torch.float32, device) if needs.out_scale else None
+    _up_backward(grad, lora_B, z, out_scale, bias, y, dz, d_B, dbias, d_out_scale, scaling, block_r)
 
     dx = d_A = None
     if needs.x:
@@ -283,7 +321,7 @@ def lora_linear_backward(
         rows = triton.cdiv(M, block_m)
         launch(
             dx_kernel, lambda meta: (rows * triton.cdiv(K, meta["BLOCK_K"]),), device,
-            grad, *tensors, lora_A, dz, dropout_mask, dx,
+            grad, *tensors, lora_A, dz, dropout_mask, out_scale, dx,
             M, N, K, R, *strides,
             drop_scale,
             PRECISION=precision(device), BLOCK_M=block_m, BLOCK_R=configs.RANK_STEP, **decoding,
@@ -303,6 +341,7 @@ def lora_linear_backward(
         None if d_A is None else d_A.to(lora_A.dtype),
         None if d_B is None else d_B.to(lora_B.dtype),
         dbias,
+        d_out_scale,
     )
 
 
@@ -310,37 +349,42 @@ def _up_backward(
     grad: Tensor,
     lora_B: Tensor,
     z: Tensor,
+    out_scale: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
     dz: Tensor | None,
     d_B: Tensor | None,
     dbias: Tensor | None,
+    d_out_scale: Tensor | None,
     scaling: float,
     block_r: int,
 ) -> None:
-    """Fills dZ [M, R], dB [N, R] and dbias [N], those that are not None, from one read of grad [M, N]."""
+    """Fills dZ [M, R], dB [N, R], dbias and d_out_scale [N], where not None, from one read of grad [M, N]."""
     (M, N), R, device = grad.shape, lora_B.shape[1], grad.device
     if R == 0:
         dz = d_B = None
-    results = [t for t in (dz, d_B, dbias) if t is not None]
+    results = [t for t in (dz, d_B, dbias, d_out_scale) if t is not None]
     if not results:
         return
-    tile = configs.by_rows(configs.UP_BACKWARD, M, grad.dtype)
+    tiles = configs.UP_BACKWARD if out_scale is None else configs.UP_BACKWARD_OUT_SCALE
+    tile = configs.by_rows(tiles, M, grad.dtype)
     ranks = 1 if dz is None and d_B is None else triton.cdiv(R, block_r)
     chunks, columns, split = configs.chunks(
         triton.cdiv(N, tile["BLOCK_N"]), ranks, triton.cdiv(M, tile["BLOCK_M"])
     )
     partials = [
         None if result is None else empty((n, *result.shape), torch.float32, device)
-        for result, n in ((dz, chunks), (d_B, split), (dbias, split))
+        for result, n in ((dz, chunks), (d_B, split), (dbias, split), (d_out_scale, split))
     ]
     launch(
         up_backward_kernel, (chunks, ranks, split), device,
-        grad, lora_B, z, *partials,
+        grad, lora_B, z, out_scale, bias, y, *partials,
         M, N, R, columns,
         SPLIT=split, PRECISION=precision(device), BLOCK_R=block_r, **tile,
     )  # fmt: skip
     launch(
         sum_kernel, (sum(triton.cdiv(t.numel(), configs.SUM["BLOCK"]) for t in results),), device,
-        *partials, dz, d_B, dbias,
+        *partials, dz, d_B, dbias, d_out_scale,
         M, N, R, chunks,
         scaling,
         SPLIT=split, **configs.SUM,

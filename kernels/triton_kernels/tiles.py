@@ -43,6 +43,13 @@ def load_tile(p, i_row, i_col, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.cons
 
 
 @triton.jit
+def load_vector(p, i, n, other, BLOCK: tl.constexpr):
+    """fp32 of the elements i : i + BLOCK of a vector [n], `other` outside."""
+    o = i + tl.arange(0, BLOCK)
+    return tl.load(p + o, mask=o < n, other=other).to(tl.float32)
+
+
+@triton.jit
 def store_tile(p, b, i_row, i_col, n_rows, n_cols):
     """Writes a tile to (i_row, i_col) of a matrix [n_rows, n_cols], rounded to its dtype."""
     o_row = tl.arange(0, b.shape[0])
