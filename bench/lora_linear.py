@@ -179,9 +179,11 @@ def by_reference(step: Step, operands: Operands, weight: Tensor) -> dict[str, Te
     x, grad = step.x.detach().to(dtype), step.grad.to(dtype)
     A, B = (t.to(reference.accumulation_dtype(dtype)) for t in (operands.lora_A, operands.lora_B))
     dense = from_dense(weight)
-    y, z = reference.lora_linear(x, dense, None, A, B, None, SCALING, 0.0)
-    needs = reference.Needs(x=True, lora_A=True, lora_B=True, bias=False)
-    grads = reference.lora_linear_backward(grad, x, dense, A, B, z, None, SCALING, 0.0, needs)
+    y, z = reference.lora_linear(x, dense, None, A, B, None, None, SCALING, 0.0)
+    needs = reference.Needs(x=True, lora_A=True, lora_B=True, bias=False, out_scale=False)
+    grads = reference.lora_linear_backward(
+        grad, x, dense, A, B, z, None, None, None, None, SCALING, 0.0, needs
+    )
     return dict(zip(RESULTS, (y, grads.x, grads.lora_A, grads.lora_B), strict=True))
 
 

@@ -19,6 +19,7 @@ _HOME = {
     "from_bitsandbytes": "formats",
     "from_dense": "formats",
     "LoRALinear": "modules",
+    "dora_linear": "functional",
     "lora_linear": "functional",
     "accelerate": "convert",
     "restore": "convert",
@@ -31,6 +32,7 @@ __all__ = [
     "UnsupportedLayer",
     "UnsupportedWeight",
     "accelerate",
+    "dora_linear",
     "explain",
     "from_bitsandbytes",
     "from_dense",
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from .convert import accelerate, explain, restore
     from .errors import BackendUnavailable, UnsupportedLayer, UnsupportedWeight
     from .formats import QuantizedWeight, from_bitsandbytes, from_dense
-    from .functional import lora_linear
+    from .functional import dora_linear, lora_linear
     from .modules import LoRALinear
 
 

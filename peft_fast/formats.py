@@ -15,12 +15,13 @@ flat order. With nested (double) quantization `absmax` is itself uint8 and stand
 `nested_code[absmax] · nested_absmax[block // nested_blocksize] + nested_offset`, in fp32, multiply then
 add. The value is rounded once, to nearest even, to the dtype it is decoded to.
 
-To add a format: a row in `FORMATS` with its check and decode, a constructor from its owner's object, and
+To add a format: a row in `FORMATS` with its check and decodes, a constructor from its owner's object, and
 the same decode in `kernels/triton_kernels/decode.py` and `csrc/decode.h`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -77,6 +78,7 @@ class QuantizedWeight(NamedTuple):
 class Format(NamedTuple):
     check: Callable[[QuantizedWeight], None]
     decode: Callable[[QuantizedWeight, torch.dtype], Tensor]
+    decode_rows: Callable[[QuantizedWeight, Tensor], Tensor]
 
 
 def _expect(argument: str, expected: object, got: object) -> None:
@@ -92,6 +94,11 @@ def _check_dense(w: QuantizedWeight) -> None:
 
 def _decode_dense(w: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return w.weight.to(dtype)
+
+
+def _decode_dense_rows(w: QuantizedWeight, rows: Tensor) -> Tensor:
+    chosen = w.weight[rows]
+    return chosen if chosen.dtype == torch.float64 else chosen.float()
 
 
 def _check_4bit(w: QuantizedWeight) -> None:
@@ -152,12 +159,61 @@ def _decode_4bit(w: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return (w.code[nibbles.int()] * scale).to(dtype).view(w.out_features, w.in_features)
 
 
+def _decode_4bit_rows(w: QuantizedWeight, rows: Tensor) -> Tensor:
+    assert w.absmax is not None
+    assert w.code is not None
+    i = rows.unsqueeze(1) * w.in_features + torch.arange(w.in_features, device=rows.device)
+    byte = w.weight.view(-1)[i >> 1]
+    nibble = torch.where(i & 1 == 0, byte >> 4, byte & 0xF)
+    block = i // w.blocksize
+    scale = w.absmax.view(-1)[block]
+    if w.nested_absmax is not None:
+        assert w.nested_code is not None
+        assert w.nested_offset is not None
+        nested_scale = w.nested_absmax.view(-1)[block // w.nested_blocksize]
+        scale = w.nested_code[scale.int()] * nested_scale + w.nested_offset
+    return w.code[nibble.int()] * scale
+
+
 FORMATS: dict[str, Format] = {
-    "dense": Format(_check_dense, _decode_dense),
-    "nf4": Format(_check_4bit, _decode_4bit),
-    "fp4": Format(_check_4bit, _decode_4bit),
+    "dense": Format(_check_dense, _decode_dense, _decode_dense_rows),
+    "nf4": Format(_check_4bit, _decode_4bit, _decode_4bit_rows),
+    "fp4": Format(_check_4bit, _decode_4bit, _decode_4bit_rows),
 }
 CODES = {"nf4": NF4_CODE, "fp4": FP4_CODE}
+
+
+def decode_rows(w: QuantizedWeight, rows: Tensor) -> Tensor:
+    """The exact values [len(rows), K] of the rows with these numbers, int64; float32, or float64 as stored.
+
+    Gathers element by element, so that rows may lie anywhere and in any order: for few of them.
+    """
+    return FORMATS[w.format].decode_rows(w, rows)
+
+
+def rows_per_slice(w: QuantizedWeight) -> int:
+    """`slice_rows` cuts at multiples of this many rows: where a block, and a group of blocks, begins."""
+    if w.format == "dense":
+        return 1
+    group = w.blocksize * (w.nested_blocksize or 1)
+    return group // math.gcd(group, w.in_features)
+
+
+def slice_rows(w: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
+    """Rows start..stop as a weight that aliases `w`; both multiples of `rows_per_slice(w)`, or stop is N."""
+    if w.format == "dense":
+        return w._replace(weight=w.weight[start:stop], out_features=stop - start)
+    first, last = start * w.in_features, stop * w.in_features
+
+    def cut(t: Tensor | None, elements: int) -> Tensor | None:
+        return None if t is None else t.view(-1)[first // elements : -(-last // elements)]
+
+    return w._replace(
+        weight=w.weight.view(-1)[first // 2 : -(-last // 2)],
+        absmax=cut(w.absmax, w.blocksize),
+        nested_absmax=cut(w.nested_absmax, w.blocksize * w.nested_blocksize),
+        out_features=stop - start,
+    )
 
 
 def from_dense(weight: Tensor) -> QuantizedWeight:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from . import autograd, ops
+from . import autograd, dora, ops
 from .formats import QuantizedWeight, from_dense
+from .reference import accumulation_dtype
+
+DROPOUTS = ("paper", "peft")
+NORM_GRADS = ("detached", "full")
+
+_SMALLEST_SCALE = {torch.float16: 2.0**-20}
+_SMALLEST_SCALE_ELSE = 2.0**-100
 
 
 def lora_linear(
@@ -49,9 +59,7 @@ def lora_linear(
     """
     if not isinstance(weight, QuantizedWeight):
         weight = from_dense(weight)
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device_type))
+    x = _as_autocast(x)
     if lora_bias is not None:
         scaled = scaling * lora_bias
         bias = scaled if bias is None else bias + scaled
@@ -59,6 +67,102 @@ def lora_linear(
     mask = None
     if training and dropout_p > 0.0:
         mask = torch.ops.peft_fast.dropout_mask(x, dropout_p)
-    return autograd.lora_linear(
-        x, weight, bias, lora_A, lora_B, mask, scaling, dropout_p if mask is not None else 0.0, backend
-    )
+    p = dropout_p if mask is not None else 0.0
+    return autograd.lora_linear(x, weight, bias, lora_A, lora_B, mask, None, scaling, p, backend)
+
+
+def dora_linear(
+    x: Tensor,
+    weight: QuantizedWeight | Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    dropout: str = "paper",
+    norm: Tensor | None = None,
+    norm_grad: str = "detached",
+    backend: str = "auto",
+) -> Tensor:
+    """Y = c ⊙ (X·Ŵᵀ + s·drop(X)·Aᵀ·Bᵀ) + bias, c = magnitude / ‖Ŵ + s·B·A‖ (DoRA, arXiv 2402.09353, eq. 5).
+
+    One fused op, with the conventions of `lora_linear` on dtypes and autocast. Gradients flow to x, lora_A,
+    lora_B, magnitude and bias. While magnitude takes gradients the op keeps a reference to Y for them, so
+    writing Y in place before the backward pass raises.
+
+    An element of c nearer to 0 than 2⁻¹⁰⁰ (float16: 2⁻²⁰) counts as that, since Y/c is what the gradient of
+    magnitude is made of. That gradient has the precision with which Y, in the dtype of x, tells Y − bias:
+    none where |c·(X·Ŵᵀ + …)| is below the last place of the bias.
+
+    Args:
+        x: activations [..., K], float32, float16 or bfloat16.
+        weight: the frozen base weight Ŵ [N, K]; a plain tensor is taken as dense.
+        lora_A: [R, K], any floating dtype, any R ≥ 0.
+        lora_B: [N, R].
+        magnitude: m [N], any floating dtype.
+        bias: [N] or None.
+        scaling: s, lora_alpha / r or lora_alpha / √r.
+        dropout_p: dropout probability; draws the mask of `F.dropout(x, p)`, and only when `training`.
+        training: as in `F.dropout`.
+        dropout: "paper" drops the input of the low-rank branch, as above. "peft" computes what PEFT does,
+            which scales the base's dropped input too: c ⊙ (X_d·Ŵᵀ + s·X_d·Aᵀ·Bᵀ) + (X − X_d)·Ŵᵀ + bias with
+            X_d = drop(X), in two fused calls. Without dropout they are the same.
+        norm: ‖Ŵ + s·B·A‖ [N] if known (`dora.lora_weight_norm`), else computed here.
+        norm_grad: "detached" takes the norm as a constant (§4.3); "full" differentiates through it.
+        backend: "auto" or a name of `ops.BACKENDS`; an explicit one runs or raises.
+
+    Returns:
+        Y [..., N] in the dtype of x (inside autocast, the autocast dtype).
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        BackendUnavailable: the named backend cannot run this case.
+    """
+    if not isinstance(weight, QuantizedWeight):
+        weight = from_dense(weight)
+    _check_choice("dropout", dropout, DROPOUTS)
+    _check_choice("norm_grad", norm_grad, NORM_GRADS)
+    ops.check_probability("dropout_p", dropout_p)
+    ops.check_vector("magnitude", magnitude, weight.out_features, weight.weight.device)
+    x = _as_autocast(x)
+    if norm is None:
+        with torch.no_grad() if norm_grad == "detached" else nullcontext():
+            norm = dora.lora_weight_norm(weight, lora_A, lora_B, scaling, backend=backend)
+    elif norm_grad == "detached":
+        norm = norm.detach()
+    ops.check_vector("norm", norm, weight.out_features, weight.weight.device)
+    dtype = accumulation_dtype(x.dtype)
+    scale = _nonzero(magnitude.to(dtype) / norm.to(dtype), x.dtype)
+    dropping = training and dropout_p > 0.0
+    if not dropping or dropout == "paper":
+        mask = torch.ops.peft_fast.dropout_mask(x, dropout_p) if dropping else None
+        p = dropout_p if dropping else 0.0
+        return autograd.lora_linear(x, weight, bias, lora_A, lora_B, mask, scale, scaling, p, backend)
+    dropped = F.dropout(x, dropout_p)
+    adapted = autograd.lora_linear(dropped, weight, None, lora_A, lora_B, None, scale, scaling, 0.0, backend)
+    no_A, no_B = x.new_empty(0, weight.in_features), x.new_empty(weight.out_features, 0)
+    rest = autograd.lora_linear(x - dropped, weight, bias, no_A, no_B, None, None, 1.0, 0.0, backend)
+    return rest.add_(adapted)
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device_type))
+    return x
+
+
+def _nonzero(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale` with elements too near to zero moved away from it, in value alone: their gradients are kept."""
+    smallest = _SMALLEST_SCALE.get(dtype, _SMALLEST_SCALE_ELSE)
+    with torch.no_grad():
+        shift = (smallest - scale).masked_fill(scale.abs() >= smallest, 0.0)
+    return scale + shift
+
+
+def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{argument}: expected one of {list(choices)}, got {value!r}")

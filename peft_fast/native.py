@@ -59,7 +59,7 @@ def pack_mask(keep: Tensor) -> Tensor:
 class Level:
     """One instruction-set level as a backend; "" is the best one of this machine.
 
-    With `batch_invariant`, the bits of a row of Y and dX depend neither on the other rows nor on their number.
+    With `batch_invariant`, the bits of a row of Y and dX depend neither on other rows nor on their number.
     Else calls with few rows take a faster way, which sums in another order.
     """
 
@@ -91,11 +91,12 @@ class Level:
         lora_A: Tensor,
         lora_B: Tensor,
         dropout_mask: Tensor | None,
+        out_scale: Tensor | None,
         scaling: float,
         dropout_p: float,
     ) -> tuple[Tensor, Tensor]:
         return torch.ops.peft_fast_cpu.lora_linear(
-            x, *weight, bias, lora_A, lora_B, dropout_mask, scaling, dropout_p, *self._how
+            x, *weight, bias, lora_A, lora_B, dropout_mask, out_scale, scaling, dropout_p, *self._how
         )
 
     def lora_linear_backward(
@@ -107,13 +108,17 @@ class Level:
         lora_B: Tensor,
         z: Tensor,
         dropout_mask: Tensor | None,
+        out_scale: Tensor | None,
+        bias: Tensor | None,
+        y: Tensor | None,
         scaling: float,
         dropout_p: float,
         needs: Needs,
     ) -> Gradients:
         grads = torch.ops.peft_fast_cpu.lora_linear_backward(
-            grad, x, *weight, lora_A, lora_B, z, dropout_mask, scaling, dropout_p, *needs, *self._how
-        )
+            grad, x, *weight, lora_A, lora_B, z, dropout_mask, out_scale, bias, y, scaling, dropout_p, *needs,
+            *self._how,
+        )  # fmt: skip
         return Gradients(*(g if needed else None for g, needed in zip(grads, needs, strict=True)))
 
     def dequantize(self, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import collections
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,12 +33,14 @@ WEIGHT_FIELDS = len(QuantizedWeight._fields)
 _library = torch.library.Library("peft_fast", "DEF")
 _library.define(
     f"lora_linear(Tensor x, {WEIGHT_SCHEMA}, Tensor? bias, Tensor lora_A, Tensor lora_B, "
-    "Tensor? dropout_mask, float scaling, float dropout_p, str backend) -> (Tensor, Tensor)"
+    "Tensor? dropout_mask, Tensor? out_scale, float scaling, float dropout_p, str backend) "
+    "-> (Tensor, Tensor)"
 )
 _library.define(
     f"lora_linear_backward(Tensor grad, Tensor x, {WEIGHT_SCHEMA}, Tensor lora_A, Tensor lora_B, Tensor z, "
-    "Tensor? dropout_mask, float scaling, float dropout_p, bool needs_x, bool needs_A, bool needs_B, "
-    "bool needs_bias, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? dropout_mask, Tensor? out_scale, Tensor? bias, Tensor? y, float scaling, float dropout_p, "
+    "bool needs_x, bool needs_A, bool needs_B, bool needs_bias, bool needs_out_scale, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define("dropout_mask(Tensor x, float p) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 
@@ -142,7 +144,7 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
 
 
-def runs_directly(operands: tuple[Tensor, ...], frozen: tuple[Tensor | None, ...]) -> bool:
+def runs_directly(operands: Sequence[Tensor], frozen: Sequence[Tensor | None]) -> bool:
     """Whether an op may be called as a plain function, since nothing has to see it in the dispatcher.
 
     True in eager mode on plain tensors: a small layer is then spared round trips that cost more than its
@@ -173,6 +175,7 @@ def check_lora_linear(
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
+    out_scale: Tensor | None,
     dropout_p: float,
 ) -> None:
     """Raises ValueError or TypeError naming the argument, the expected and the received."""
@@ -195,6 +198,17 @@ def check_lora_linear(
             raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
         if tensor.device != device:
             raise ValueError(f"{name}: expected device {device} (the weight's), got {tensor.device}")
+    if out_scale is not None:
+        check_vector("out_scale", out_scale, N, device)
+        if out_scale.dtype != (dtype := reference.accumulation_dtype(x.dtype)):
+            raise TypeError(f"out_scale: expected {dtype} for x in {x.dtype}, got {out_scale.dtype}")
+
+
+def check_vector(argument: str, tensor: Tensor, N: int, device: torch.device) -> None:
+    if tensor.dim() != 1 or tensor.shape[0] != N:
+        raise ValueError(f"{argument}: expected [N] = [{N}], got {list(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{argument}: expected device {device} (the weight's), got {tensor.device}")
 
 
 # ------------------------------------------------------------------------------- implementations and fakes
@@ -224,15 +238,23 @@ def lora_linear(
     lora_A: Tensor,
     lora_B: Tensor,
     dropout_mask: Tensor | None,
+    out_scale: Tensor | None,
     scaling: float,
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Checks, picks a backend and runs it: (Y [..., N], Z [M, R] fp32) of x [..., K]; not differentiable."""
-    check_lora_linear(x, weight, bias, lora_A, lora_B, dropout_p)
-    rows = _rows(x, weight.in_features)
+    check_lora_linear(x, weight, bias, lora_A, lora_B, out_scale, dropout_p)
     y, z = _backend("lora_linear", weight, x, backend).lora_linear(
-        rows, weight, bias, lora_A.contiguous(), lora_B.contiguous(), dropout_mask, scaling, dropout_p
+        _rows(x, weight.in_features),
+        weight,
+        bias,
+        lora_A.contiguous(),
+        lora_B.contiguous(),
+        dropout_mask,
+        out_scale if out_scale is None else out_scale.contiguous(),
+        scaling,
+        dropout_p,
     )
     return _unflatten_rows(y, x), z
 
@@ -246,12 +268,18 @@ def lora_linear_backward(
     lora_B: Tensor,
     z: Tensor,
     dropout_mask: Tensor | None,
+    out_scale: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
     scaling: float,
     dropout_p: float,
     needs: Needs,
     backend: str,
 ) -> Gradients:
-    """The gradients that `needs` names, dX in the shape of x; grad [..., N], and z of `lora_linear`."""
+    """The gradients that `needs` names, dX in the shape of x; grad [..., N], and z of `lora_linear`.
+
+    Only for d_out_scale, the bias and the y [..., N] of `lora_linear`.
+    """
     grads = _backend("lora_linear_backward", weight, x, backend).lora_linear_backward(
         _rows(grad, weight.out_features),
         _rows(x, weight.in_features),
@@ -260,6 +288,9 @@ def lora_linear_backward(
         lora_B.contiguous(),
         z,
         dropout_mask,
+        out_scale if out_scale is None else out_scale.contiguous(),
+        bias,
+        y if y is None else _rows(y, weight.out_features),
         scaling,
         dropout_p,
         needs,
@@ -283,10 +314,9 @@ def _lora_linear_op(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 def _lora_linear_backward_op(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     weight, rest = QuantizedWeight(*args[:WEIGHT_FIELDS]), args[WEIGHT_FIELDS:]
-    lora_A, lora_B, z, dropout_mask, scaling, dropout_p, *needs, backend = rest
-    grads = lora_linear_backward(
-        grad, x, weight, lora_A, lora_B, z, dropout_mask, scaling, dropout_p, Needs(*needs), backend
-    )
+    *operands, needs_x, needs_A, needs_B, needs_bias, needs_out_scale, backend = rest
+    needs = Needs(needs_x, needs_A, needs_B, needs_bias, needs_out_scale)
+    grads = lora_linear_backward(grad, x, weight, *operands, needs, backend)
     return tuple(_or_empty(g, x) for g in grads)
 
 
@@ -297,19 +327,20 @@ def _or_empty(grad: Tensor | None, like: Tensor) -> Tensor:
 
 def _fake_lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     weight, rest = QuantizedWeight(*args[:WEIGHT_FIELDS]), args[WEIGHT_FIELDS:]
-    bias, lora_A, lora_B, _, _, dropout_p, _ = rest
-    check_lora_linear(x, weight, bias, lora_A, lora_B, dropout_p)
+    bias, lora_A, lora_B, _, out_scale, _, dropout_p, _ = rest
+    check_lora_linear(x, weight, bias, lora_A, lora_B, out_scale, dropout_p)
     M = x.numel() // weight.in_features
     z = x.new_empty((M, lora_A.shape[0]), dtype=reference.accumulation_dtype(x.dtype))
     return x.new_empty((*x.shape[:-1], weight.out_features)), z
 
 
 def _fake_lora_linear_backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    lora_A, lora_B, z, _, _, _, *needs, _ = args[WEIGHT_FIELDS:]
+    lora_A, lora_B, z, _, _, _, _, _, _, *needs, _ = args[WEIGHT_FIELDS:]
     grads = Gradients(
         x.new_empty(x.shape),
         lora_A.new_empty(lora_A.shape),
         lora_B.new_empty(lora_B.shape),
+        z.new_empty(lora_B.shape[0]),
         z.new_empty(lora_B.shape[0]),
     )
     return tuple(_or_empty(g if needed else None, x) for g, needed in zip(grads, needs, strict=True))

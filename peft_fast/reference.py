@@ -25,18 +25,20 @@ class Needs(NamedTuple):
     lora_A: bool
     lora_B: bool
     bias: bool
+    out_scale: bool
 
 
 class Gradients(NamedTuple):
-    """Gradients of `lora_linear`: dX [M, K], dA [R, K], dB [N, R] in their operands' dtypes, dbias [N] fp32.
+    """Gradients of `lora_linear`: dX [M, K], dA [R, K], dB [N, R] in their operands' dtypes, the others fp32.
 
-    None where not needed.
+    dbias and d_out_scale are [N]. None where not needed.
     """
 
     x: Tensor | None
     lora_A: Tensor | None
     lora_B: Tensor | None
     bias: Tensor | None
+    out_scale: Tensor | None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -76,16 +78,20 @@ def lora_linear(
     lora_A: Tensor,
     lora_B: Tensor,
     dropout_mask: Tensor | None,
+    out_scale: Tensor | None,
     scaling: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """Y = X·Ŵᵀ + s·Z·Bᵀ + bias with Z = drop(X)·Aᵀ.
+    """Y = out_scale ⊙ (X·Ŵᵀ + s·Z·Bᵀ) + bias with Z = drop(X)·Aᵀ.
 
-    x [M, K], lora_A [R, K], lora_B [N, R], bias [N]; returns (Y [M, N] in x.dtype, Z [M, R] fp32).
+    x [M, K], lora_A [R, K], lora_B [N, R], bias [N], out_scale [N] fp32; returns (Y [M, N] in x.dtype,
+    Z [M, R] fp32).
     """
     acc = accumulation_dtype(x.dtype)
     z = _dropped(x, dropout_mask, dropout_p).to(acc) @ lora_A.to(acc).t()
     y = F.linear(x, weight.decode(x.dtype)).to(acc) + scaling * z @ lora_B.to(acc).t()
+    if out_scale is not None:
+        y *= out_scale
     if bias is not None:
         y += bias.to(acc)
     return y.to(x.dtype), z
@@ -99,15 +105,32 @@ def lora_linear_backward(
     lora_B: Tensor,
     z: Tensor,
     dropout_mask: Tensor | None,
+    out_scale: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
     scaling: float,
     dropout_p: float,
     needs: Needs,
 ) -> Gradients:
-    """With G = dY [M, N]: dbias = Σ_m G, dB = s·Gᵀ·Z, dZ = s·G·B, dA = dZᵀ·drop(X), dX = G·Ŵ + drop(dZ·A)."""
+    """With G = dY [M, N] and G' = G ⊙ out_scale:
+
+    dbias = Σ_m G, dB = s·G'ᵀ·Z, dZ = s·G'·B, dA = dZᵀ·drop(X), dX = G'·Ŵ + drop(dZ·A), and
+    d_out_scale = Σ_m G ⊙ (Y − bias) / out_scale, for which alone the forward's bias and Y [M, N] are given.
+    """
     acc = accumulation_dtype(x.dtype)
     g = grad.to(acc)
+    dx = d_A = d_B = dbias = d_out_scale = None
+    if needs.bias:
+        dbias = g.sum(0)
+    if needs.out_scale:
+        assert out_scale is not None
+        assert y is not None
+        scaled = y.to(acc) if bias is None else y.to(acc) - bias.to(acc)
+        d_out_scale = (g * scaled).sum(0) / out_scale
+    if out_scale is not None:
+        g = g * out_scale
+        grad = g.to(x.dtype)
     dz = scaling * g @ lora_B.to(acc)
-    dx = d_A = d_B = dbias = None
     if needs.x:
         low_rank = _dropped(dz @ lora_A.to(acc), dropout_mask, dropout_p)
         dx = ((grad @ weight.decode(x.dtype)).to(acc) + low_rank).to(x.dtype)
@@ -115,9 +138,12 @@ def lora_linear_backward(
         d_A = (dz.t() @ _dropped(x, dropout_mask, dropout_p).to(acc)).to(lora_A.dtype)
     if needs.lora_B:
         d_B = (scaling * g.t() @ z).to(lora_B.dtype)
-    if needs.bias:
-        dbias = g.sum(0)
-    return Gradients(dx, d_A, d_B, dbias)
+    return Gradients(dx, d_A, d_B, dbias, d_out_scale)
+
+
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """Ŵ [N, K], each value rounded once to `dtype`."""
+    return weight.decode(dtype)
 
 
 def _dropped(x: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:

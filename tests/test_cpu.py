@@ -15,7 +15,7 @@ from peft_fast.reference import Needs
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-ALL = Needs(True, True, True, True)
+ALL = Needs(True, True, True, True, False)
 SHAPES = [(1, 1), (48, 64), (100, 33), (35, 320), (131, 257)]  # (N, K)
 
 
@@ -57,9 +57,11 @@ class Case:
         x, grad, bias, A, B = (
             t.double() if double else t for t in (self.x, self.grad, self.bias, self.A, self.B)
         )
-        rest = (self.mask, self.scaling, self.dropout_p)
-        y, z = backend.lora_linear(x, self.weight, bias, A, B, *rest)
-        grads = backend.lora_linear_backward(grad, x, self.weight, A, B, z, *rest, ALL)
+        scalars = (self.scaling, self.dropout_p)
+        y, z = backend.lora_linear(x, self.weight, bias, A, B, self.mask, None, *scalars)
+        grads = backend.lora_linear_backward(
+            grad, x, self.weight, A, B, z, self.mask, None, None, None, *scalars, ALL
+        )
         return {"y": y, "z": z, "dX": grads.x, "dA": grads.lora_A, "dB": grads.lora_B, "dbias": grads.bias}
 
     def check(self, backend):
@@ -158,10 +160,24 @@ def test_dropout(level, M, dropout_p):
 @pytest.mark.parametrize("M", [1, 40])
 def test_only_the_needed_gradients(level, M):
     case = Case(M, random_weight(70, 96), 6)
-    args = (case.grad, case.x, case.weight, case.A, case.B, torch.randn(M, 6), None, 1.0, 0.0)
-    full = level.lora_linear_backward(*args, ALL)
-    for i in range(4):
-        needs = Needs(*(j == i for j in range(4)))
+    scale, y = torch.rand(70) + 0.5, torch.randn(M, 70)
+    args = (
+        case.grad,
+        case.x,
+        case.weight,
+        case.A,
+        case.B,
+        torch.randn(M, 6),
+        None,
+        scale,
+        case.bias,
+        y,
+        1.0,
+        0.0,
+    )
+    full = level.lora_linear_backward(*args, Needs(True, True, True, True, True))
+    for i in range(5):
+        needs = Needs(*(j == i for j in range(5)))
         some = level.lora_linear_backward(*args, needs)
         assert [g is not None for g in some] == list(needs)
         assert torch.equal(some[i], full[i])
@@ -301,9 +317,11 @@ def test_lying_weight_raises(lie):
     with pytest.raises(RuntimeError, match=message):
         level.dequantize(weight, torch.float32)
     with pytest.raises(RuntimeError, match=message):
-        level.lora_linear(case.x, weight, case.bias, case.A, case.B, None, 1.0, 0.0)
+        level.lora_linear(case.x, weight, case.bias, case.A, case.B, None, None, 1.0, 0.0)
     with pytest.raises(RuntimeError, match=message):
-        level.lora_linear_backward(case.grad, case.x, weight, case.A, case.B, z, None, 1.0, 0.0, ALL)
+        level.lora_linear_backward(
+            case.grad, case.x, weight, case.A, case.B, z, None, None, None, None, 1.0, 0.0, ALL
+        )
 
 
 WRONG = {
@@ -330,7 +348,7 @@ def test_wrong_z_raises():
     for z in (torch.zeros(5, 3), torch.zeros(5, 4, dtype=torch.float16)):
         with pytest.raises(RuntimeError, match="z: expected"):
             native.Level("").lora_linear_backward(
-                case.grad, case.x, case.weight, case.A, case.B, z, None, 1.0, 0.0, ALL
+                case.grad, case.x, case.weight, case.A, case.B, z, None, None, None, None, 1.0, 0.0, ALL
             )
 
 

@@ -70,6 +70,39 @@ def test_every_value_decodes_through_every_backend(backend):
         assert torch.equal(bits(got["dx"]), expected)
 
 
+LAYOUTS = [(96, 128, 64), (33, 65, 32), (1, 37, 64), (5, 4096, 128), (40, 97, 4096), (600, 64, 64)]
+
+
+@pytest.mark.parametrize("format", formats.FORMATS)
+@pytest.mark.parametrize(("n", "k", "blocksize"), LAYOUTS)
+@pytest.mark.parametrize("nested", [False, True])
+def test_rows_have_the_bits_of_the_whole(format, n, k, blocksize, nested):
+    weight = make_weight(format, n, k, blocksize=blocksize, nested=nested)
+    whole = weight.decode(torch.float32)
+    for rows in (torch.randint(n, (7,)), torch.arange(n), torch.arange(0)):
+        assert torch.equal(bits(formats.decode_rows(weight, rows)), bits(whole[rows]))
+
+
+@pytest.mark.parametrize("format", formats.FORMATS)
+@pytest.mark.parametrize(("n", "k", "blocksize"), LAYOUTS)
+@pytest.mark.parametrize("nested", [False, True])
+def test_slices_are_weights_that_alias_the_whole(format, n, k, blocksize, nested):
+    weight = make_weight(format, n, k, blocksize=blocksize, nested=nested)
+    whole, step = weight.decode(torch.float32), formats.rows_per_slice(weight)
+    for start in range(0, n, step):
+        for stop in {min(start + step, n), n}:
+            part = formats.slice_rows(weight, start, stop).check()
+            assert torch.equal(bits(part.decode(torch.float32)), bits(whole[start:stop]))
+            assert part.weight.untyped_storage().data_ptr() == weight.weight.untyped_storage().data_ptr()
+
+
+def test_rows_of_dense_weights_keep_float64():
+    W = torch.randn(5, 3, dtype=torch.float64)
+    assert torch.equal(formats.decode_rows(formats.from_dense(W), torch.tensor([4, 0])), W[[4, 0]])
+    rows = formats.decode_rows(formats.from_dense(W.half()), torch.tensor([2]))
+    assert torch.equal(rows, W[[2]].half().float())
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 def test_any_storage_dtype_aliases_the_owners_bytes(storage):
     layer = bnb.nn.Linear4bit(64, 32, quant_type="nf4", quant_storage=storage).to("cpu")

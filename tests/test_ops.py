@@ -2,23 +2,13 @@
 
 import pytest
 import torch
-from cases import Case, make_weight
+from cases import FORMATS, HALF, Case, check, make_weight
 from tolerances import assert_as_exact
 
 from peft_fast import BackendUnavailable, formats, ops, reference
 from peft_fast.functional import lora_linear
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-FORMATS = ("dense", "nf4", "fp4")
-HALF = (torch.float16, torch.bfloat16)
-
-
-def check(case: Case, backend: str) -> None:
-    got, plain, truth = case.run(backend), case.plain(), case.plain(torch.float64)
-    assert got.keys() == truth.keys()
-    for name in truth:
-        assert_as_exact(name, got[name], plain[name], truth[name])
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -56,14 +46,16 @@ def test_dropout(backend, p):
     ],
 )
 @pytest.mark.parametrize("nested", [False, True])
-def test_awkward_shapes(backend, M, K, N, R, blocksize, nested):
-    check(Case.make("nf4", (M,), K, N, R, blocksize=blocksize, nested=nested), backend)
+@pytest.mark.parametrize("out_scale", [False, True])
+def test_awkward_shapes(backend, M, K, N, R, blocksize, nested, out_scale):
+    check(Case.make("nf4", (M,), K, N, R, blocksize=blocksize, nested=nested, out_scale=out_scale), backend)
 
 
-def test_rank_zero_is_the_base_alone(backend):
-    case = Case.make("nf4", (6,), 64, 40, 0)
+@pytest.mark.parametrize("out_scale", [False, True])
+def test_rank_zero_is_the_base_alone(backend, out_scale):
+    case = Case.make("nf4", (6,), 64, 40, 0, out_scale=out_scale)
     got, truth = case.run(backend), case.plain(torch.float64)
-    for name in ("y", "dx", "dbias"):
+    for name in got.keys() - {"dlora_A", "dlora_B"}:
         assert_as_exact(name, got[name], case.plain()[name], truth[name])
     assert got["dlora_A"].shape == (0, 64)
     assert got["dlora_B"].shape == (40, 0)
@@ -71,21 +63,24 @@ def test_rank_zero_is_the_base_alone(backend):
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0, 2)])
 def test_empty_batch(backend, shape):
-    got = Case.make("nf4", shape, 64, 32, 4).run(backend)
+    got = Case.make("nf4", shape, 64, 32, 4, out_scale=True).run(backend)
     assert got["y"].shape == (*shape, 32)
     assert got["dx"].shape == (*shape, 64)
-    for name in ("dlora_A", "dlora_B", "dbias"):
+    for name in ("dlora_A", "dlora_B", "dbias", "dout_scale"):
         assert torch.count_nonzero(got[name]) == 0, name
         assert not got[name].isnan().any(), name
 
 
-def test_non_contiguous_operands(backend):
-    case = Case.make("nf4", (12,), 64, 32, 4)
+@pytest.mark.parametrize("out_scale", [False, True])
+def test_non_contiguous_operands(backend, out_scale):
+    case = Case.make("nf4", (12,), 64, 32, 4, out_scale=out_scale)
     strided = Case.make("nf4", (12,), 64, 32, 4)
     strided.__dict__.update(case.__dict__)
     strided.x = case.x.repeat_interleave(2, dim=0)[::2]
     strided.lora_A = case.lora_A.t().contiguous().t()
     strided.lora_B = case.lora_B.t().contiguous().t()
+    if out_scale:
+        strided.out_scale = case.out_scale.repeat_interleave(2)[::2]
     strided.grad = case.grad[:1].expand_as(case.grad)
     case.grad = strided.grad.contiguous()
     for name, expected in case.run(backend).items():
@@ -149,13 +144,16 @@ def test_a_second_derivative_is_refused():
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_opcheck(backend, format):
-    case = Case.make(format, (2, 3), 64, 32, 4, dropout_p=0.3).on(backend)
+@pytest.mark.parametrize("out_scale", [False, True])
+def test_opcheck(backend, format, out_scale):
+    case = Case.make(format, (2, 3), 64, 32, 4, dropout_p=0.3, out_scale=out_scale).on(backend)
     leaves = [t.clone().requires_grad_() for t in (case.x, case.bias, case.lora_A, case.lora_B)]
+    scale = case.out_scale.clone().requires_grad_() if out_scale else None
     torch.library.opcheck(
         torch.ops.peft_fast.lora_linear.default,
-        (leaves[0], *case.weight, *leaves[1:], case.mask, 0.5, 0.3, backend),
+        (leaves[0], *case.weight, *leaves[1:], case.mask, scale, 0.5, 0.3, backend),
     )
+    of_scale = (case.out_scale, case.bias, case.grad) if out_scale else (None, None, None)
     z = torch.randn(6, 4, device=case.x.device)
     torch.library.opcheck(
         torch.ops.peft_fast.lora_linear_backward.default,
@@ -167,12 +165,14 @@ def test_opcheck(backend, format):
             case.lora_B,
             z,
             case.mask,
+            *of_scale,
             0.5,
             0.3,
             True,
             True,
             True,
             True,
+            out_scale,
             backend,
         ),
     )
@@ -220,8 +220,10 @@ def test_autocast_casts_the_activations_only(dtype):
     assert torch.equal(y, expected)
 
 
-def test_saves_only_x_and_small_things():
-    case = Case.make("nf4", (48,), 256, 192, 4, dropout_p=0.1)
+@pytest.mark.parametrize("scaled", ["not", "constant", "trained"])
+def test_saves_only_x_and_small_things(scaled):
+    """And, where out_scale is trained, the output itself: no copy of it."""
+    case = Case.make("nf4", (48,), 256, 192, 4, dropout_p=0.1, out_scale=scaled != "not")
     saved = {}
 
     def pack(t):
@@ -231,8 +233,14 @@ def test_saves_only_x_and_small_things():
     x = case.x.clone().requires_grad_()
     A, B = (t.clone().requires_grad_() for t in (case.lora_A, case.lora_B))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        lora_linear(x, case.weight, A, B, dropout_p=0.1)
-    owned = {t.data_ptr() for t in (x, A, B, *filter(torch.is_tensor, case.weight))}
+        if scaled == "trained":
+            case.out_scale.requires_grad_()
+        args = (None, A, B, case.mask, case.out_scale, 0.5, 0.1, "auto")
+        y, _ = torch.ops.peft_fast.lora_linear(x, *case.weight, *args)
+    given = (x, A, B, case.out_scale, *case.weight)
+    owned = {t.data_ptr() for t in given if torch.is_tensor(t)}
+    assert (y.data_ptr() in saved) == (scaled == "trained")
+    owned.add(y.data_ptr())
     extra = sum(t.numel() * t.element_size() for p, t in saved.items() if p not in owned)
     M, K, R = 48, 256, 4
     assert extra == 4 * M * R + M * K // 8

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from peft_fast.formats import QuantizedWeight
-from peft_fast.functional import lora_linear
+from peft_fast.functional import dora_linear, lora_linear
 
 K, N, R = 64, 32, 4
 OPS = ("lora_linear", "lora_linear_backward")
@@ -64,19 +64,28 @@ def operands(shape=(3,), dtype=torch.float32):
 
 
 def outcome(case: Case, backend: str, **options) -> list[torch.Tensor]:
-    """Output and gradients by `lora_linear`, dropout drawn anew from the same seed."""
+    """Output and gradients by `lora_linear`, dropout drawn anew from the same seed.
+
+    By `dora_linear` where the case has an out_scale, which then is the magnitude, over a norm of 1.
+    """
     torch.manual_seed(5)
-    leaves = [t.detach().requires_grad_() for t in (case.x, case.lora_A, case.lora_B, case.bias)]
-    x, lora_A, lora_B, bias = leaves
-    y = lora_linear(x, case.weight, lora_A, lora_B, bias, backend=backend, **options)
+    given = (case.x, case.lora_A, case.lora_B, case.bias, case.out_scale)
+    leaves = [t.detach().requires_grad_() for t in given if t is not None]
+    x, lora_A, lora_B, bias, *magnitude = leaves
+    if magnitude:
+        options = {"scaling": 1.0, "norm": torch.ones_like(magnitude[0])} | options
+        y = dora_linear(x, case.weight, lora_A, lora_B, *magnitude, bias, backend=backend, **options)
+    else:
+        y = lora_linear(x, case.weight, lora_A, lora_B, bias, backend=backend, **options)
     return [y.detach(), *torch.autograd.grad(y, leaves, case.grad.to(y.dtype))]
 
 
 @pytest.mark.parametrize("format", ["dense", "nf4"])
 @pytest.mark.parametrize("shape", [(5,), (2, 3), (0,), (2, 0, 3), ()])
 @pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3, "scaling": 2}])
-def test_both_paths_give_the_same_bits(backend, format, shape, options):
-    case = Case.make(format, shape, K, N, R).on(backend)
+@pytest.mark.parametrize("out_scale", [False, True])
+def test_both_paths_give_the_same_bits(backend, format, shape, options, out_scale):
+    case = Case.make(format, shape, K, N, R, out_scale=out_scale).on(backend)
     direct = outcome(case, backend, **options)
     with Seen() as seen:
         through_dispatcher = outcome(case, backend, **options)
@@ -87,8 +96,9 @@ def test_both_paths_give_the_same_bits(backend, format, shape, options):
         assert a.shape == b.shape
 
 
-def test_both_paths_under_autocast():
-    case = Case.make("nf4", (5,), K, N, R)
+@pytest.mark.parametrize("out_scale", [False, True])
+def test_both_paths_under_autocast(out_scale):
+    case = Case.make("nf4", (5,), K, N, R, out_scale=out_scale)
     with torch.autocast("cpu", torch.bfloat16):
         direct = outcome(case, "auto")
         with Seen():
@@ -129,6 +139,9 @@ def test_plain_eager_spares_the_dispatcher(dispatched):
     x, A, B, weight = operands()
     lora_linear(x, weight, A, B, dropout_p=0.5).sum().backward()
     lora_linear(torch.nn.Parameter(x), make_weight("dense", N, K), A, B).sum().backward()
+    magnitude = torch.nn.Parameter(torch.ones(N))
+    for norm_grad in ("detached", "full"):
+        dora_linear(x, weight, A, B, magnitude, scaling=0.5, norm_grad=norm_grad).sum().backward()
     with torch.no_grad():
         lora_linear(x, weight, A, B)
     with torch.inference_mode():
@@ -194,15 +207,22 @@ def test_a_negated_or_left_behind_operand_keeps_its_value():
     assert torch.equal(lora_linear(left_behind_by_a_transform(x), weight, A, B), lora_linear(x, weight, A, B))
 
 
-def test_fake_tensors_get_fake_results():
+@pytest.mark.parametrize("norm_grad", ["no DoRA", "detached", "full"])
+def test_fake_tensors_get_fake_results(norm_grad):
     *real, weight = operands((2, 3))
     fake = FakeTensorMode().from_tensor
-    x, A, B = map(fake, real)
+    leaves = [fake(t) for t in (*real, torch.ones(N, requires_grad=True))]
+    x, A, B, magnitude = leaves
     weight = QuantizedWeight(*(fake(t) if torch.is_tensor(t) else t for t in weight))
-    y = lora_linear(x, weight, A, B)
-    dx, dA, dB = torch.autograd.grad(y, (x, A, B), torch.ones_like(y))
-    assert (y.shape, dx.shape, dA.shape, dB.shape) == ((2, 3, N), x.shape, A.shape, B.shape)
-    assert all(type(t) is type(x) for t in (y, dx, dA, dB))
+    if norm_grad == "no DoRA":
+        y = lora_linear(x, weight, A, B)
+        del leaves[3]
+    else:
+        y = dora_linear(x, weight, A, B, magnitude, scaling=0.5, norm_grad=norm_grad)
+    grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert y.shape == (2, 3, N)
+    assert [g.shape for g in grads] == [t.shape for t in leaves]
+    assert all(type(t) is type(x) for t in (y, *grads))
 
 
 def test_a_compiled_graph_holds_the_op():
@@ -236,10 +256,13 @@ def test_each_pass_chooses_its_path(dispatched):
 
 def test_batched_gradients_are_the_gradients_one_by_one():
     x, A, B, weight = operands()
-    y, grads = lora_linear(x, weight, A, B), torch.randn(2, 3, N)
-    (batched,) = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)
-    for grad, got in zip(grads, batched, strict=True):
-        torch.testing.assert_close(got, torch.autograd.grad(y, x, grad, retain_graph=True)[0])
+    magnitude = torch.ones(N, requires_grad=True)
+    y, grads = dora_linear(x, weight, A, B, magnitude, scaling=1.0), torch.randn(2, 3, N)
+    batched = torch.autograd.grad(y, (x, magnitude), grads, is_grads_batched=True, retain_graph=True)
+    for i, grad in enumerate(grads):
+        one = torch.autograd.grad(y, (x, magnitude), grad, retain_graph=True)
+        for got, expected in zip(batched, one, strict=True):
+            torch.testing.assert_close(got[i], expected)
 
 
 @pytest.mark.parametrize("path", [torch.enable_grad, Seen])
@@ -268,6 +291,22 @@ def test_a_saved_operand_that_was_written_is_noticed(path, written):
         {"x": x, "lora_A": A, "lora_B": B}[written].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("path", [torch.enable_grad, Seen])
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_output_is_kept_for_a_trained_out_scale_alone(path, trained):
+    x, A, B, weight = operands()
+    magnitude = torch.ones(N, requires_grad=trained)
+    with path():
+        y = dora_linear(x, weight, A, B, magnitude, scaling=0.5)
+    y += 1
+    if trained:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+    else:
+        y.sum().backward()
+        assert x.grad is not None
 
 
 def test_no_gradient_gives_no_gradients():
