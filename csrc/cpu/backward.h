@@ -4,7 +4,7 @@
 // group of columns; one pass over the columns of x gives dX and dA. No reduction crosses items, but for the
 // parts of dZ, which are summed in order.
 //
-// dX: C = dX [M, k-block] accumulates A = dY [M, n-chunk] times B = decoded panel [n-chunk, k-block] (its
+// dX: C = dX [M, k-block] accumulates A = dY' [M, n-chunk] times B = decoded panel [n-chunk, k-block] (its
 // natural order); the low-rank term is one more step with A = dZ, B = lora_A.
 #pragma once
 
@@ -44,7 +44,7 @@ struct Gradients {
 struct Tokens {
   int64_t m0, rows;
   float* dz;          // [rows][r_row]
-  float* grad_cells;  // dY in chunks of kSteps cells: chunk c is [rows][kPanelRow]
+  float* grad_cells;  // dY' in chunks of kSteps cells: chunk c is [rows][kPanelRow]
 
   // Cell i of row m, of those that follow in its chunk.
   float* cells(int64_t m, int64_t i) const {
@@ -52,53 +52,72 @@ struct Tokens {
   }
 };
 
-// One pass over dY: its cells, dB and dbias, and dZ in parts; z_packed is z (depth rows).
+// out[0:n] (+)= sums[0:n].
+inline void add_sums(const float* sums, int64_t n, bool accumulate, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = accumulate ? out[i] + sums[i] : sums[i];
+}
+
+// dY' in fp32 to out [count][row]: tokens from m of the superblock on, columns [n0, n0 + n). On the way, what
+// they add to dbias and d_out_scale.
+inline void stage_grad(const Gradients& wanted, const Tokens& tokens, int64_t m, int64_t count, int64_t n0,
+                       int64_t n, float* out, int64_t row) {
+  const Backward& b = wanted.b;
+  const int64_t first = tokens.m0 + m;
+  const float* const scale = b.out_scale != nullptr ? b.out_scale + n0 : nullptr;
+  float bias_sums[kThin] = {}, scale_sums[kThin] = {}, bias[kThin] = {}, y[kThin];
+  if (b.bias.data != nullptr) to_float(b.bias, n0, n, bias);
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t at = (first + t) * b.weight.N + n0;
+    float* const grad = out + t * row;
+    to_float(b.grad, at, n, grad);
+    if (b.dbias != nullptr)
+      for (int64_t i = 0; i < n; ++i) bias_sums[i] += grad[i];
+    if (b.d_out_scale != nullptr) {
+      to_float(b.y, at, n, y);
+      for (int64_t i = 0; i < n; ++i) scale_sums[i] += grad[i] * ((y[i] - bias[i]) / scale[i]);
+    }
+    if (scale != nullptr)
+      for (int64_t i = 0; i < n; ++i) grad[i] *= scale[i];
+  }
+  if (b.dbias != nullptr) add_sums(bias_sums, n, first > 0, b.dbias + n0);
+  if (b.d_out_scale != nullptr) add_sums(scale_sums, n, first > 0, b.d_out_scale + n0);
+}
+
+// One pass over dY: dY' as cells, dB, dbias and d_out_scale, and dZ in parts; z_packed is z (depth rows).
 template <class Cell>
 inline void read_grad(const Gradients& wanted, const Tokens& tokens, PackedB z_packed, const Groups& dz) {
   const Backward& b = wanted.b;
-  const int64_t N = b.weight.N, R = b.R, rows = tokens.rows;
-  const bool first = tokens.m0 == 0;
-  parallel_for(0, dz.count, grain(rows * N / dz.count * (4 + 2 * R / kLanes)),
-               [&](int64_t begin, int64_t end) {
-                 Carver local(local_scratch(kTokens * (kThin + kPad) + PackedB::size(kThin, R)));
-                 float* const staging = local.take(kTokens * (kThin + kPad));
-                 float* const b_data = local.take(PackedB::size(kThin, R));
-                 for (int64_t g = begin; g < end; ++g) {
-                   for (int64_t n0 = dz.begin(g); n0 < dz.begin(g + 1); n0 += kThin) {
-                     const int64_t n = min(kThin, N - n0);
-                     const PackedB lora_B{b_data, n, R};
-                     for (int64_t p = 0; p < n && wanted.dz(); ++p)
-                       pack_row(lora_B, p, [&](int64_t j, int64_t count, float* out) {
-                         to_float(b.lora_B, (n0 + p) * R + j, count, out);
-                       });
-                     for (int64_t m = 0; m < rows; m += kTokens) {
-                       const int64_t count = min(kTokens, rows - m);
-                       float* const cells = wanted.panels ? tokens.cells(m, n0 / Cell::kValues) : nullptr;
-                       // dY in fp32: as cells already, if they hold that.
-                       const bool as_cells = Cell::kValues == 1 && cells != nullptr;
-                       float* const grad = as_cells ? cells : staging;
-                       const int64_t row = as_cells ? kPanelRow : kThin + kPad;
-                       for (int64_t t = 0; t < count; ++t) {
-                         const int64_t at = (tokens.m0 + m + t) * N + n0;
-                         to_float(b.grad, at, n, grad + t * row);
-                         if (cells != nullptr && !as_cells)
-                           to_cells(Cell(), b.grad, at, n, cells + t * kPanelRow);
-                       }
-                       if (wanted.dz())
-                         gemm<Single>(count, n, {grad, row, 1}, lora_B, 0, dz.part(g, m), n0 > dz.begin(g));
-                       if (wanted.B)
-                         gemm<Single>(n, count, {grad, 1, row}, z_packed, m,
-                                      {wanted.d_B + n0 * wanted.r_row, wanted.r_row}, !first || m > 0);
-                       if (b.dbias == nullptr) continue;
-                       float sums[kThin] = {};
-                       for (int64_t t = 0; t < count; ++t)
-                         for (int64_t i = 0; i < n; ++i) sums[i] += grad[t * row + i];
-                       for (int64_t i = 0; i < n; ++i)
-                         b.dbias[n0 + i] = first && m == 0 ? sums[i] : b.dbias[n0 + i] + sums[i];
-                     }
-                   }
-                 }
-               });
+  const int64_t N = b.weight.N, R = b.R, rows = tokens.rows, r_row = wanted.r_row;
+  const int64_t work = rows * N / dz.count * (4 + 2 * R / kLanes);
+  parallel_for(0, dz.count, grain(work), [&](int64_t begin, int64_t end) {
+    Carver local(local_scratch(kTokens * (kThin + kPad) + PackedB::size(kThin, R)));
+    float* const staging = local.take(kTokens * (kThin + kPad));
+    float* const b_data = local.take(PackedB::size(kThin, R));
+    for (int64_t g = begin; g < end; ++g)
+      for (int64_t n0 = dz.begin(g); n0 < dz.begin(g + 1); n0 += kThin) {
+        const int64_t n = min(kThin, N - n0);
+        const PackedB lora_B{b_data, n, R};
+        for (int64_t p = 0; p < n && wanted.dz(); ++p)
+          pack_row(lora_B, p, [&](int64_t j, int64_t count, float* out) {
+            to_float(b.lora_B, (n0 + p) * R + j, count, out);
+          });
+        for (int64_t m = 0; m < rows; m += kTokens) {
+          const int64_t count = min(kTokens, rows - m);
+          float* const cells = wanted.panels ? tokens.cells(m, n0 / Cell::kValues) : nullptr;
+          const bool as_cells = Cell::kValues == 1 && cells != nullptr;
+          float* const grad = as_cells ? cells : staging;
+          const int64_t row = as_cells ? kPanelRow : kThin + kPad;
+          stage_grad(wanted, tokens, m, count, n0, n, grad, row);
+          for (int64_t t = 0; t < count && cells != nullptr && !as_cells; ++t)
+            to_cells(Cell(), {grad + t * row, DType::kFloat32}, 0, n, cells + t * kPanelRow);
+          if (wanted.dz())
+            gemm<Single>(count, n, {grad, row, 1}, lora_B, 0, dz.part(g, m), n0 > dz.begin(g));
+          if (wanted.B)
+            gemm<Single>(n, count, {grad, 1, row}, z_packed, m, {wanted.d_B + n0 * r_row, r_row},
+                         tokens.m0 + m > 0);
+        }
+      }
+  });
 }
 
 // tokens.dz = scaling * the sum of its parts.
@@ -197,7 +216,7 @@ inline void columns_panels(const Gradients& wanted, const Tokens& tokens) {
                });
 }
 
-// dx and d_A by stripes of columns, M tokens; tokens.grad_cells is dY [M][N].
+// dx and d_A by stripes of columns, M tokens; tokens.grad_cells is dY' [M][N].
 template <int M>
 inline void columns_few_rows(const Gradients& wanted, const Tokens& tokens) {
   const Weight& w = wanted.b.weight;
@@ -231,6 +250,14 @@ inline void store_factors(const Gradients& wanted) {
   }
 }
 
+// dY' [M][N] in fp32.
+inline void scaled_grad(const Backward& b, float* out) {
+  const int64_t N = b.weight.N;
+  to_float(b.grad, 0, b.M * N, out);
+  for (int64_t m = 0; m < b.M && b.out_scale != nullptr; ++m)
+    for (int64_t n = 0; n < N; ++n) out[m * N + n] *= b.out_scale[n];
+}
+
 template <class Cell>
 inline void backward_as(const Backward& b) {
   const int64_t N = b.weight.N, R = b.R, most = superblock(b.M, blocks(N, Cell::kValues));
@@ -258,7 +285,7 @@ inline void backward_as(const Backward& b) {
     read_grad<Cell>(wanted, tokens, z_packed, dz);
     if (wanted.dz()) finish_dz(wanted, tokens, dz);
     if (plain) {
-      to_float(b.grad, 0, b.M * N, tokens.grad_cells);
+      scaled_grad(b, tokens.grad_cells);
       with_few_rows(b.M, [&](auto M) { columns_few_rows<M()>(wanted, tokens); });
     } else if (wanted.x || wanted.A) {
       columns_panels<Cell>(wanted, tokens);
@@ -276,6 +303,7 @@ inline void zero_gradients(const Backward& b) {
   zero(b.d_A, b.R * b.weight.K);
   zero(b.d_B, b.weight.N * b.R);
   zero({b.dbias, DType::kFloat32}, b.weight.N);
+  zero({b.d_out_scale, DType::kFloat32}, b.weight.N);
 }
 
 // The wanted gradients; see Backward.

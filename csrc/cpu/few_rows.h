@@ -85,7 +85,8 @@ inline void forward_few_rows(const Forward& f) {
         }
         to_float(f.lora_B, (n0 + i) * R, R, lora_B, f.scaling);
         dot_rows<M>(f.z, R, lora_B, R, low_rank);
-        for (int m = 0; m < M; ++m) y[m * kFewOut + i] = base[m] + low_rank[m] + bias[i];
+        const float scale = f.out_scale != nullptr ? f.out_scale[n0 + i] : 1.0f;
+        for (int m = 0; m < M; ++m) y[m * kFewOut + i] = (base[m] + low_rank[m]) * scale + bias[i];
       }
       for (int m = 0; m < M; ++m) from_float(y + m * kFewOut, n, f.y, m * N + n0);
     }

@@ -78,15 +78,17 @@ inline void finish_z(const Forward& f, int64_t m0, int64_t rows, const Groups& z
   });
 }
 
-// y [rows, n-block] from yt [n-block][yt_row] with the bias added; staging [kTileCols][out_block].
+// y [rows, n-block] from yt [n-block][yt_row], scaled, with the bias added; staging [kTileCols][out_block].
 inline void store_transposed(const Forward& f, int64_t m0, int64_t rows, int64_t n0, int64_t n,
-                             const float* yt, int64_t yt_row, const float* bias, float* staging) {
+                             const float* yt, int64_t yt_row, const float* scale, const float* bias, float* staging) {
   constexpr int64_t row = kStrategy.out_block;
   for (int64_t m = 0; m < rows; m += kTileCols) {
     const int64_t tokens = min(kTileCols, rows - m);
     transpose(yt + m, yt_row, n, tokens, staging, row);
     for (int64_t t = 0; t < tokens; ++t) {
       float* values = staging + t * row;
+      if (scale != nullptr)
+        for (int64_t i = 0; i < n; ++i) values[i] *= scale[i];
       if (bias != nullptr)
         for (int64_t i = 0; i < n; ++i) values[i] += bias[i];
       from_float(values, n, f.y, (m0 + m + t) * f.weight.N + n0);
@@ -125,7 +127,8 @@ inline void multiply_panels(const Forward& f, int64_t m0, int64_t rows, PackedB 
             gemm<Single>(n, R, {lora_B, R, 1}, z_packed, 0, yt, true);
           }
           if (bias != nullptr) to_float(f.bias, n0, n, bias);
-          store_transposed(f, m0, rows, n0, n, yt.data, yt_row, bias, staging);
+          const float* scale = f.out_scale != nullptr ? f.out_scale + n0 : nullptr;
+          store_transposed(f, m0, rows, n0, n, yt.data, yt_row, scale, bias, staging);
         }
       });
 }

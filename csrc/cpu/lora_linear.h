@@ -37,12 +37,13 @@ struct Dropout {
   float scale;          // 1 / (1 - p), 0 at p = 1
 };
 
-// y = x · Ŵᵀ + scaling · z · lora_Bᵀ + bias  with  z = drop(x) · lora_Aᵀ.
+// y = out_scale ⊙ (x · Ŵᵀ + scaling · z · lora_Bᵀ) + bias  with  z = drop(x) · lora_Aᵀ.
 struct Forward {
   int64_t M, R;
   Weight weight;
   Operand x;       // [M, K]
   Operand bias;    // [N], null data without bias
+  const float* out_scale;  // [N], or null for ones
   Operand lora_A;  // [R, K]
   Operand lora_B;  // [N, R]
   Dropout dropout;
@@ -52,8 +53,8 @@ struct Forward {
   float* z;              // [M, R]
 };
 
-// dZ = scaling · dY · lora_B,  dX = dY · Ŵ + drop(dZ · lora_A),  dA = dZᵀ · drop(x),  dB = scaling · dYᵀ · z,
-// dbias = Σ_m dY.
+// With dY' = dY ⊙ out_scale:  dZ = scaling · dY' · lora_B,  dX = dY' · Ŵ + drop(dZ · lora_A),
+// dA = dZᵀ · drop(x),  dB = scaling · dY'ᵀ · z,  dbias = Σ_m dY,  d_out_scale = Σ_m dY ⊙ (y − bias) / out_scale.
 struct Backward {
   int64_t M, R;
   Weight weight;
@@ -62,6 +63,9 @@ struct Backward {
   Operand lora_A;  // [R, K]
   Operand lora_B;  // [N, R]
   const float* z;  // [M, R]
+  const float* out_scale;  // [N], or null for ones
+  Operand y;               // [M, N], read for d_out_scale alone
+  Operand bias;            // [N], null data without bias, read for d_out_scale alone
   Dropout dropout;
   float scaling;
   bool batch_invariant;  // of dx; the other gradients are sums over rows

@@ -76,7 +76,7 @@ inline void decode(const Weight& w, int64_t begin, int64_t n, float* out) {
   if (tail > 0) decode_part(w, begin + n - tail, tail, out + n - tail);
 }
 
-// The `n` values of `row` as cells, the last one padded with zero.
+// src[begin:begin+n] as cells, the last one padded with zero.
 inline void to_cells(Single, Operand src, int64_t begin, int64_t n, float* cells) {
   to_float(src, begin, n, cells);
 }
@@ -101,10 +101,13 @@ inline void pack_across(Single, const Weight& w, int64_t row, int64_t k0, Packed
 
 #ifdef PEFT_FAST_PAIRS
 
-// `src` is bf16.
+// `src` is bf16, or fp32 that is rounded to it.
 inline void to_cells(Pair, Operand src, int64_t begin, int64_t n, float* cells) {
   if (n % 2 != 0) cells[n / 2] = 0.0f;
-  std::memcpy(cells, static_cast<const BF16*>(src.data) + begin, n * sizeof(BF16));
+  if (src.dtype == DType::kBFloat16)
+    std::memcpy(cells, static_cast<const BF16*>(src.data) + begin, n * sizeof(BF16));
+  else
+    from_float(static_cast<const float*>(src.data) + begin, n, {cells, DType::kBFloat16}, 0);
 }
 
 inline void decode_along(Pair, const Weight& w, int64_t begin, int64_t n, float* cells) {
