@@ -164,7 +164,8 @@ const Kernels& kernels(const std::string& level) {
 
 std::tuple<Tensor, Tensor> lora_linear(Tensor x, WEIGHT_PARAMETERS, std::optional<Tensor> bias, Tensor lora_A,
                                        Tensor lora_B, std::optional<Tensor> dropout_mask,
-                                       std::optional<Tensor> out_scale, double scaling, double dropout_p, std::string level, bool batch_invariant) {
+                                       std::optional<Tensor> out_scale, double scaling, double dropout_p,
+                                       std::string level, bool batch_invariant) {
   Forward f{};
   f.weight = make_weight(WEIGHT_ARGUMENTS);
   const int64_t N = f.weight.N, K = f.weight.K;
@@ -252,13 +253,15 @@ Tensor pack_mask(Tensor keep) {
 }
 
 STABLE_TORCH_LIBRARY(peft_fast_cpu, m) {
-  m.def("lora_linear(Tensor x, " WEIGHT_SCHEMA
-        ", Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? dropout_mask, Tensor? out_scale, float scaling, "
-        "float dropout_p, str level, bool batch_invariant) -> (Tensor, Tensor)");
-  m.def("lora_linear_backward(Tensor grad, Tensor x, " WEIGHT_SCHEMA
-        ", Tensor lora_A, Tensor lora_B, Tensor z, Tensor? dropout_mask, Tensor? out_scale, Tensor? bias, "
-        "Tensor? y, float scaling, float dropout_p, bool needs_x, bool needs_A, bool needs_B, bool needs_bias, "
-        "bool needs_out_scale, str level, bool batch_invariant) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "lora_linear(Tensor x, " WEIGHT_SCHEMA
+      ", Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? dropout_mask, Tensor? out_scale, float scaling, "
+      "float dropout_p, str level, bool batch_invariant) -> (Tensor, Tensor)");
+  m.def(
+      "lora_linear_backward(Tensor grad, Tensor x, " WEIGHT_SCHEMA
+      ", Tensor lora_A, Tensor lora_B, Tensor z, Tensor? dropout_mask, Tensor? out_scale, Tensor? bias, "
+      "Tensor? y, float scaling, float dropout_p, bool needs_x, bool needs_A, bool needs_B, bool needs_bias, "
+      "bool needs_out_scale, str level, bool batch_invariant) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("dequantize(" WEIGHT_SCHEMA ", ScalarType dtype, str level) -> Tensor");
   m.def("pack_mask(Tensor keep) -> Tensor");
   m.def("level_available(str level) -> bool");

@@ -110,8 +110,7 @@ inline void read_grad(const Gradients& wanted, const Tokens& tokens, PackedB z_p
           stage_grad(wanted, tokens, m, count, n0, n, grad, row);
           for (int64_t t = 0; t < count && cells != nullptr && !as_cells; ++t)
             to_cells(Cell(), {grad + t * row, DType::kFloat32}, 0, n, cells + t * kPanelRow);
-          if (wanted.dz())
-            gemm<Single>(count, n, {grad, row, 1}, lora_B, 0, dz.part(g, m), n0 > dz.begin(g));
+          if (wanted.dz()) gemm<Single>(count, n, {grad, row, 1}, lora_B, 0, dz.part(g, m), n0 > dz.begin(g));
           if (wanted.B)
             gemm<Single>(n, count, {grad, 1, row}, z_packed, m, {wanted.d_B + n0 * r_row, r_row},
                          tokens.m0 + m > 0);

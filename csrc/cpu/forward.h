@@ -80,7 +80,8 @@ inline void finish_z(const Forward& f, int64_t m0, int64_t rows, const Groups& z
 
 // y [rows, n-block] from yt [n-block][yt_row], scaled, with the bias added; staging [kTileCols][out_block].
 inline void store_transposed(const Forward& f, int64_t m0, int64_t rows, int64_t n0, int64_t n,
-                             const float* yt, int64_t yt_row, const float* scale, const float* bias, float* staging) {
+                             const float* yt, int64_t yt_row, const float* scale, const float* bias,
+                             float* staging) {
   constexpr int64_t row = kStrategy.out_block;
   for (int64_t m = 0; m < rows; m += kTileCols) {
     const int64_t tokens = min(kTileCols, rows - m);

@@ -41,11 +41,11 @@ struct Dropout {
 struct Forward {
   int64_t M, R;
   Weight weight;
-  Operand x;       // [M, K]
-  Operand bias;    // [N], null data without bias
+  Operand x;               // [M, K]
+  Operand bias;            // [N], null data without bias
   const float* out_scale;  // [N], or null for ones
-  Operand lora_A;  // [R, K]
-  Operand lora_B;  // [N, R]
+  Operand lora_A;          // [R, K]
+  Operand lora_B;          // [N, R]
   Dropout dropout;
   float scaling;
   bool batch_invariant;  // the bits of a row do not depend on the other rows, nor on their number
@@ -54,15 +54,16 @@ struct Forward {
 };
 
 // With dY' = dY ⊙ out_scale:  dZ = scaling · dY' · lora_B,  dX = dY' · Ŵ + drop(dZ · lora_A),
-// dA = dZᵀ · drop(x),  dB = scaling · dY'ᵀ · z,  dbias = Σ_m dY,  d_out_scale = Σ_m dY ⊙ (y − bias) / out_scale.
+// dA = dZᵀ · drop(x),  dB = scaling · dY'ᵀ · z,  dbias = Σ_m dY,  d_out_scale = Σ_m dY ⊙ (y − bias) /
+// out_scale.
 struct Backward {
   int64_t M, R;
   Weight weight;
-  Operand grad;    // [M, N]
-  Operand x;       // [M, K]
-  Operand lora_A;  // [R, K]
-  Operand lora_B;  // [N, R]
-  const float* z;  // [M, R]
+  Operand grad;            // [M, N]
+  Operand x;               // [M, K]
+  Operand lora_A;          // [R, K]
+  Operand lora_B;          // [N, R]
+  const float* z;          // [M, R]
   const float* out_scale;  // [N], or null for ones
   Operand y;               // [M, N], read for d_out_scale alone
   Operand bias;            // [N], null data without bias, read for d_out_scale alone
@@ -73,6 +74,7 @@ struct Backward {
   Result d_A;            // [R, K]
   Result d_B;            // [N, R]
   float* dbias;          // [N], or null
+  float* d_out_scale;    // [N], or null
 };
 
 // One instruction-set level. The same bits come out for any number of threads.
