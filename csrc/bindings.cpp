@@ -199,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
     Tensor grad, Tensor x, WEIGHT_PARAMETERS, Tensor lora_A, Tensor lora_B, Tensor z,
     std::optional<Tensor> dropout_mask, std::optional<Tensor> out_scale, std::optional<Tensor> bias,
     std::optional<Tensor> y, double scaling, double dropout_p, bool needs_x, bool needs_A, bool needs_B,
-    bool needs_bias, bool needs_out_scale, std::string level, bool batch_invariant) {
+    bool needs_bias, bool needs_out_scale, std::string level) {
   Backward b{};
   b.weight = make_weight(WEIGHT_ARGUMENTS);
   const int64_t N = b.weight.N, K = b.weight.K;
@@ -220,7 +220,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
   }
   b.dropout = make_dropout(dropout_mask, b.M, K, dropout_p);
   b.scaling = static_cast<float>(scaling);
-  b.batch_invariant = batch_invariant;
   Tensor dx = gradient(needs_x, x, b.dx);
   Tensor d_A = gradient(needs_A, lora_A, b.d_A);
   Tensor d_B = gradient(needs_B, lora_B, b.d_B);
@@ -261,7 +260,7 @@ STABLE_TORCH_LIBRARY(peft_fast_cpu, m) {
       "lora_linear_backward(Tensor grad, Tensor x, " WEIGHT_SCHEMA
       ", Tensor lora_A, Tensor lora_B, Tensor z, Tensor? dropout_mask, Tensor? out_scale, Tensor? bias, "
       "Tensor? y, float scaling, float dropout_p, bool needs_x, bool needs_A, bool needs_B, bool needs_bias, "
-      "bool needs_out_scale, str level, bool batch_invariant) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool needs_out_scale, str level) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("dequantize(" WEIGHT_SCHEMA ", ScalarType dtype, str level) -> Tensor");
   m.def("pack_mask(Tensor keep) -> Tensor");
   m.def("level_available(str level) -> bool");

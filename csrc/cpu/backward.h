@@ -22,7 +22,6 @@ inline int64_t in_block(int64_t K) {
 struct Gradients {
   const Backward& b;
   const bool x, A, B;
-  const bool panels;  // dX is made of panels, not row by row
   const int64_t a_row, r_row;
   float* d_A;  // [R][a_row] where wanted
   float* d_B;  // [N][r_row] where wanted
@@ -32,7 +31,6 @@ struct Gradients {
         x(b.dx.data != nullptr),
         A(b.d_A.data != nullptr && b.R > 0),
         B(b.d_B.data != nullptr && b.R > 0),
-        panels(x && (b.M > kStrategy.few_rows || b.batch_invariant)),
         a_row(round_up(b.weight.K, kTileCols) + kPad),
         r_row(round_up(b.R, kLanes)),
         d_A(nullptr),
@@ -103,7 +101,7 @@ inline void read_grad(const Gradients& wanted, const Tokens& tokens, PackedB z_p
           });
         for (int64_t m = 0; m < rows; m += kTokens) {
           const int64_t count = min(kTokens, rows - m);
-          float* const cells = wanted.panels ? tokens.cells(m, n0 / Cell::kValues) : nullptr;
+          float* const cells = wanted.x ? tokens.cells(m, n0 / Cell::kValues) : nullptr;
           const bool as_cells = Cell::kValues == 1 && cells != nullptr;
           float* const grad = as_cells ? cells : staging;
           const int64_t row = as_cells ? kPanelRow : kThin + kPad;
@@ -156,11 +154,7 @@ inline void grad_x_panels(const Gradients& wanted, const Tokens& tokens, int64_t
     const int64_t n = min(chunk, w.N - n0);
     const PackedB panel{scratch, blocks(n, Cell::kValues), cols};
     const int64_t next = n0 + chunk < w.N ? (n0 + chunk) * w.K + k0 : k0 + in_block(w.K);
-    for (int64_t p = 0; p < panel.depth; ++p) {
-      const int64_t row = p * Cell::kValues;
-      for (int i = 0; i < Cell::kValues; ++i) prefetch(w, next + (row + i) * w.K, in_block(w.K));
-      pack_across(Cell(), w, n0 + row, k0, panel, p);
-    }
+    pack_across(Cell(), w, {n0, n, k0, cols, next}, panel);
     const MatrixA grad{tokens.cells(0, n0 / Cell::kValues), kPanelRow, 1};
     gemm<Cell>(tokens.rows, panel.depth, grad, panel, 0, base, n0 > 0);
   }
@@ -193,9 +187,9 @@ inline void store_grad_x(const Gradients& wanted, const Tokens& tokens, int64_t 
     from_float(base.data + m * base.row, cols, b.dx, (tokens.m0 + m) * K + k0);
 }
 
-// dx and d_A by blocks of columns, many tokens.
+// dx and d_A, by blocks of columns.
 template <class Cell>
-inline void columns_panels(const Gradients& wanted, const Tokens& tokens) {
+inline void read_columns(const Gradients& wanted, const Tokens& tokens) {
   const int64_t N = wanted.b.weight.N, K = wanted.b.weight.K, R = wanted.b.R, width = in_block(K);
   const int64_t base_row = width + kPad;
   parallel_for(0, blocks(K, width), grain(panel_work(width * N, tokens.rows)),
@@ -215,28 +209,6 @@ inline void columns_panels(const Gradients& wanted, const Tokens& tokens) {
                });
 }
 
-// dx and d_A by stripes of columns, M tokens; tokens.grad_cells is dY' [M][N].
-template <int M>
-inline void columns_few_rows(const Gradients& wanted, const Tokens& tokens) {
-  const Weight& w = wanted.b.weight;
-  const int64_t K = w.K, R = wanted.b.R, width = in_block(K);
-  parallel_for(0, blocks(K, kStripe), grain(kStripe * w.N), [&](int64_t begin, int64_t end) {
-    Carver local(local_scratch(kStripe * (4 + 2 * M + R + kTokenBlock) + width * (kSteps + 1)));
-    float* const scratch = local.take(kStripe * (4 + M));
-    float* const low_rank = local.take(kStripe * (R + kTokenBlock));
-    float* const x = local.take(width * (kSteps + 1));
-    const MatrixC base{local.take(kStripe * M), kStripe};
-    for (int64_t k0 = begin * kStripe; k0 < min(end * kStripe, K); k0 += kStripe) {
-      const int64_t cols = min(kStripe, K - k0);
-      for (int64_t k = 0; k < cols && wanted.A; k += width)
-        add_grad_A(wanted, tokens, k0 + k, min(width, cols - k), x);
-      if (!wanted.x) continue;
-      grad_x_few_rows<M>(w, tokens.grad_cells, k0, cols, scratch, base.data);
-      store_grad_x(wanted, tokens, k0, cols, low_rank, base);
-    }
-  });
-}
-
 // d_A and d_B in their own dtypes.
 inline void store_factors(const Gradients& wanted) {
   const Backward& b = wanted.b;
@@ -249,22 +221,11 @@ inline void store_factors(const Gradients& wanted) {
   }
 }
 
-// dY' [M][N] in fp32.
-inline void scaled_grad(const Backward& b, float* out) {
-  const int64_t N = b.weight.N;
-  to_float(b.grad, 0, b.M * N, out);
-  for (int64_t m = 0; m < b.M && b.out_scale != nullptr; ++m)
-    for (int64_t n = 0; n < N; ++n) out[m * N + n] *= b.out_scale[n];
-}
-
 template <class Cell>
 inline void backward_as(const Backward& b) {
   const int64_t N = b.weight.N, R = b.R, most = superblock(b.M, blocks(N, Cell::kValues));
   Gradients wanted(b);
-  const bool plain = wanted.x && !wanted.panels;  // dY as fp32 rows
-  const int64_t cells_size = wanted.panels ? blocks(N, kSteps * Cell::kValues) * kPanelRow * most
-                             : plain       ? b.M * N
-                                           : 0;
+  const int64_t cells_size = wanted.x ? blocks(N, kSteps * Cell::kValues) * kPanelRow * most : 0;
   const int64_t z_size = PackedB::size(most, R), dz_size = most * wanted.r_row;
   const int64_t A_size = wanted.A ? R * wanted.a_row : 0, B_size = wanted.B ? N * wanted.r_row : 0;
   Groups dz(N, R, most);
@@ -283,12 +244,7 @@ inline void backward_as(const Backward& b) {
       });
     read_grad<Cell>(wanted, tokens, z_packed, dz);
     if (wanted.dz()) finish_dz(wanted, tokens, dz);
-    if (plain) {
-      scaled_grad(b, tokens.grad_cells);
-      with_few_rows(b.M, [&](auto M) { columns_few_rows<M()>(wanted, tokens); });
-    } else if (wanted.x || wanted.A) {
-      columns_panels<Cell>(wanted, tokens);
-    }
+    if (wanted.x || wanted.A) read_columns<Cell>(wanted, tokens);
   }
   store_factors(wanted);
 }

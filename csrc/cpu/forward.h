@@ -116,10 +116,7 @@ inline void multiply_panels(const Forward& f, int64_t m0, int64_t rows, PackedB 
           for (int64_t k0 = 0; k0 < K; k0 += chunk) {
             const int64_t values = min(chunk, K - k0);
             const int64_t next = k0 + chunk < K ? n0 * K + k0 + chunk : (n0 + out_block) * K;
-            for (int64_t i = 0; i < n; ++i) {
-              prefetch(f.weight, next + i * K, chunk);
-              decode_along(Cell(), f.weight, (n0 + i) * K + k0, values, panel + i * kPanelRow);
-            }
+            decode_along(Cell(), f.weight, {n0, n, k0, values, next}, panel);
             gemm<Cell>(n, blocks(values, Cell::kValues), {panel, kPanelRow, 1}, x_packed, k0 / Cell::kValues,
                        yt, k0 > 0);
           }
@@ -153,10 +150,15 @@ inline void forward_panels(const Forward& f) {
 // y [M, N] and z [M, R] of `f`; see Forward.
 inline void forward(const Forward& f) {
   if (f.M == 0) return;
-  if (f.M <= kStrategy.few_rows && !f.batch_invariant)
+#ifdef PEFT_FAST_PAIRS
+  const bool pairs = f.x.dtype == DType::kBFloat16;
+#else
+  constexpr bool pairs = false;
+#endif
+  if (f.M <= (pairs ? kStrategy.few_rows_of_pairs : kStrategy.few_rows) && !f.batch_invariant)
     return with_few_rows(f.M, [&](auto M) { forward_few_rows<M()>(f); });
 #ifdef PEFT_FAST_PAIRS
-  if (f.x.dtype == DType::kBFloat16) return forward_panels<Pair>(f);
+  if (pairs) return forward_panels<Pair>(f);
 #endif
   forward_panels<Single>(f);
 }

@@ -13,6 +13,7 @@ namespace peft_fast::PEFT_FAST_LEVEL {
 struct Single {
   static constexpr int kValues = 1;
   static V multiply_add(V a, V b, V sum) { return fma(a, b, sum); }
+  static V multiply_add(const float* a, V b, V sum) { return fma(splat(*a), b, sum); }
 };
 
 #ifdef PEFT_FAST_PAIRS
@@ -20,6 +21,7 @@ struct Single {
 struct Pair {
   static constexpr int kValues = 2;
   static V multiply_add(V a, V b, V sum) { return dot_pairs(a, b, sum); }
+  static V multiply_add(const float* a, V b, V sum) { return dot_pairs(a, b, sum); }
 };
 #endif
 
@@ -77,14 +79,18 @@ inline void tile(MatrixA matrix, const float* b, int64_t P, float* c, int64_t c_
     V bv[J];
 #pragma GCC unroll 2
     for (int j = 0; j < J; ++j) bv[j] = load(b + j * kLanes);
-#pragma GCC unroll 16
+#pragma GCC unroll 24
     for (int i = 0; i < I; ++i) {
-      const V av = splat(a[i * a_row]);
+      if constexpr (J == 1) {
+        acc[i][0] = Cell::multiply_add(a + i * a_row, bv[0], acc[i][0]);
+      } else {
+        const V av = splat(a[i * a_row]);
 #pragma GCC unroll 2
-      for (int j = 0; j < J; ++j) acc[i][j] = Cell::multiply_add(av, bv[j], acc[i][j]);
+        for (int j = 0; j < J; ++j) acc[i][j] = Cell::multiply_add(av, bv[j], acc[i][j]);
+      }
     }
   }
-#pragma GCC unroll 16
+#pragma GCC unroll 24
   for (int i = 0; i < I; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < J; ++j) {
@@ -102,7 +108,7 @@ inline void tile_column(int64_t rows, int64_t P, MatrixA a, const float* b, Matr
       tile<Cell, I, J, 0>(a, b, P, c.data, c.row, accumulate);
   }
   if constexpr (I > 1) {
-    constexpr int kNext = I > 8 ? 8 : I > 4 ? 4 : I / 2;
+    constexpr int kNext = I > kTileRows ? kTileRows : I > 8 ? 8 : I > 4 ? 4 : I / 2;
     if (rows > 0) tile_column<Cell, kNext, J>(rows, P, a, b, c, accumulate);
   }
 }
@@ -115,7 +121,7 @@ inline void gemm(int64_t rows, int64_t P, MatrixA a, PackedB b, int64_t p0, Matr
     if (b.width(j) == kTileCols)
       tile_column<Cell, kTileRows, 2>(rows, P, a, b.row(j, p0), cj, accumulate);
     else
-      tile_column<Cell, kTileRows, 1>(rows, P, a, b.row(j, p0), cj, accumulate);
+      tile_column<Cell, 2 * kTileRows, 1>(rows, P, a, b.row(j, p0), cj, accumulate);
   }
 }
 

@@ -48,7 +48,7 @@ struct Forward {
   Operand lora_B;          // [N, R]
   Dropout dropout;
   float scaling;
-  bool batch_invariant;  // the bits of a row do not depend on the other rows, nor on their number
+  bool batch_invariant;  // the bits of a row of y and z do not depend on the number of rows
   Result y;              // [M, N]
   float* z;              // [M, R]
 };
@@ -69,12 +69,11 @@ struct Backward {
   Operand bias;            // [N], null data without bias, read for d_out_scale alone
   Dropout dropout;
   float scaling;
-  bool batch_invariant;  // of dx; the other gradients are sums over rows
-  Result dx;             // [M, K]
-  Result d_A;            // [R, K]
-  Result d_B;            // [N, R]
-  float* dbias;          // [N], or null
-  float* d_out_scale;    // [N], or null
+  Result dx;           // [M, K]
+  Result d_A;          // [R, K]
+  Result d_B;          // [N, R]
+  float* dbias;        // [N], or null
+  float* d_out_scale;  // [N], or null
 };
 
 // One instruction-set level. The same bits come out for any number of threads.

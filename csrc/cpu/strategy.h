@@ -10,8 +10,9 @@ namespace peft_fast {
 enum class Level { kScalar, kAvx2, kAvx512, kAvx512Bf16 };
 
 struct Strategy {
-  // Up to so many tokens no panel is formed: each weight is decoded in registers, and used for every token.
-  int64_t few_rows;
+  // Up to so many tokens the forward forms no panel: each weight is decoded in registers, and used for every
+  // token. The second one where a panel would hold pairs of bf16, which are multiplied at twice the rate.
+  int64_t few_rows, few_rows_of_pairs;
   // Rows of the weight in a forward panel; the panel and its results stay in L2.
   int64_t out_block;
   // Columns of the weight in a dX panel, for a weight of up to `narrow` columns and for wider ones. Narrow
@@ -23,10 +24,10 @@ struct Strategy {
 };
 
 constexpr Strategy kStrategies[] = {
-    /* scalar     */ {4, 48, 1024, 64, 128, 512},
-    /* avx2       */ {4, 48, 1024, 64, 128, 512},
-    /* avx512     */ {4, 48, 1024, 64, 128, 512},
-    /* avx512bf16 */ {4, 48, 1024, 64, 128, 512},
+    /* scalar     */ {4, 0, 48, 1024, 64, 128, 512},
+    /* avx2       */ {4, 0, 48, 1024, 64, 128, 512},
+    /* avx512     */ {4, 0, 48, 1024, 64, 128, 512},
+    /* avx512bf16 */ {4, 3, 48, 1024, 64, 128, 512},
 };
 
 }  // namespace peft_fast
