@@ -15,7 +15,7 @@ namespace peft_fast::PEFT_FAST_LEVEL {
 constexpr int64_t kTokenBlock = 24;  // tokens whose low-rank part of dX is dropped out at once
 
 inline int64_t in_block(int64_t K) {
-  return K <= kStrategy.narrow ? kStrategy.narrow_block : kStrategy.wide_block;
+  return K <= how().narrow ? how().narrow_block : how().wide_block;
 }
 
 // One backward: the wanted gradients, and scratch that lasts from one superblock to the next.

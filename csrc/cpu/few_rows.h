@@ -111,7 +111,7 @@ inline void forward_few_rows(const Forward& f) {
   });
 }
 
-// Calls f with M as a compile-time constant, 1 .. 4.
+// Calls f with M as a compile-time constant, 1 .. kMostFewRows.
 template <class F>
 inline void with_few_rows(int64_t M, F f) {
   switch (M) {

@@ -82,7 +82,7 @@ inline void finish_z(const Forward& f, int64_t m0, int64_t rows, const Groups& z
 inline void store_transposed(const Forward& f, int64_t m0, int64_t rows, int64_t n0, int64_t n,
                              const float* yt, int64_t yt_row, const float* scale, const float* bias,
                              float* staging) {
-  constexpr int64_t row = kStrategy.out_block;
+  const int64_t row = how().out_block;
   for (int64_t m = 0; m < rows; m += kTileCols) {
     const int64_t tokens = min(kTileCols, rows - m);
     transpose(yt + m, yt_row, n, tokens, staging, row);
@@ -100,7 +100,8 @@ inline void store_transposed(const Forward& f, int64_t m0, int64_t rows, int64_t
 // y for tokens [m0, m0 + rows) from Xᵀ and Zᵀ.
 template <class Cell>
 inline void multiply_panels(const Forward& f, int64_t m0, int64_t rows, PackedB x_packed, PackedB z_packed) {
-  constexpr int64_t out_block = kStrategy.out_block, chunk = kSteps * Cell::kValues;
+  constexpr int64_t chunk = kSteps * Cell::kValues;
+  const int64_t out_block = how().out_block;
   const int64_t N = f.weight.N, K = f.weight.K, R = f.R;
   parallel_for(
       0, blocks(N, out_block), grain(panel_work(out_block * K, rows)), [&](int64_t begin, int64_t end) {
@@ -155,7 +156,7 @@ inline void forward(const Forward& f) {
 #else
   constexpr bool pairs = false;
 #endif
-  if (f.M <= (pairs ? kStrategy.few_rows_of_pairs : kStrategy.few_rows) && !f.batch_invariant)
+  if (f.M <= (pairs ? how().few_rows_of_pairs : how().few_rows) && !f.batch_invariant)
     return with_few_rows(f.M, [&](auto M) { forward_few_rows<M()>(f); });
 #ifdef PEFT_FAST_PAIRS
   if (pairs) return forward_panels<Pair>(f);

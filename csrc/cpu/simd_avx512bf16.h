@@ -26,7 +26,7 @@ inline PairTable load_pair_table(Table low, Table high) {
 // Sixteen cells of bytes[16]: the first byte of a cell from `low`, the third from `high`, the others zero.
 // Cell j takes byte j / step of either.
 inline __m512i spread(__m128i bytes, __m512i order) {
-  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), order);
+  return _mm512_shuffle_epi8(_mm512_maskz_broadcast_i32x4(kAll, bytes), order);
 }
 
 // Looks up the 32 nibbles of bytes[16]: sixteen cells of neighbours in a row. Both halves of `table` are the

@@ -1,6 +1,4 @@
-// How an op is carried out for a shape: one row of measured choices for each level.
-//
-// `bench/cpu_strategies.py` measures what the rows state.
+// How an op is carried out for a shape: one row of measured choices for each level, in strategy.cpp.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +6,9 @@
 namespace peft_fast {
 
 enum class Level { kScalar, kAvx2, kAvx512, kAvx512Bf16 };
+
+constexpr int64_t kMostFewRows = 4;
+constexpr int64_t kWidestBlock = 256;
 
 struct Strategy {
   // Up to so many tokens the forward forms no panel: each weight is decoded in registers, and used for every
@@ -23,11 +24,8 @@ struct Strategy {
   int64_t superblock;
 };
 
-constexpr Strategy kStrategies[] = {
-    /* scalar     */ {4, 0, 48, 1024, 64, 128, 512},
-    /* avx2       */ {4, 0, 48, 1024, 64, 128, 512},
-    /* avx512     */ {4, 0, 48, 1024, 64, 128, 512},
-    /* avx512bf16 */ {4, 3, 48, 1024, 64, 128, 512},
-};
+// The row of a level. The environment variable PEFT_FAST_CPU_STRATEGY, the seven numbers in their order,
+// replaces every row, to measure others: bench/cpu_strategies.py.
+const Strategy& strategy(Level level);
 
 }  // namespace peft_fast
