@@ -76,6 +76,13 @@ Operand matrix(const char* name, const Tensor& t, int64_t rows, int64_t cols) {
   return {t.const_data_ptr(), dtype};
 }
 
+// The vector `t` [n], of any of the three floating dtypes.
+Operand row_of(const char* name, const Tensor& t, int64_t n) {
+  const DType dtype = float_dtype(name, t.scalar_type());
+  check_numel(name, t, t.scalar_type(), n);
+  return {t.const_data_ptr(), dtype};
+}
+
 int log2_blocksize(const char* name, int64_t blocksize) {
   STD_TORCH_CHECK(blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0, name,
                   ": expected a power of two in [32, 4096], got ", blocksize);
@@ -156,8 +163,9 @@ const Kernels& kernels(const std::string& level) {
 // ------------------------------------------------------------------------------------------------- ops
 
 std::tuple<Tensor, Tensor> lora_linear(Tensor x, WEIGHT_PARAMETERS, std::optional<Tensor> bias, Tensor lora_A,
-                                       Tensor lora_B, std::optional<Tensor> dropout_mask, double scaling,
-                                       double dropout_p, std::string level, bool batch_invariant) {
+                                       Tensor lora_B, std::optional<Tensor> dropout_mask,
+                                       std::optional<Tensor> out_scale, double scaling, double dropout_p,
+                                       std::string level, bool batch_invariant) {
   Forward f{};
   f.weight = make_weight(WEIGHT_ARGUMENTS);
   const int64_t N = f.weight.N, K = f.weight.K;
@@ -166,10 +174,8 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, WEIGHT_PARAMETERS, std::optiona
   f.x = matrix("x", x, f.M, K);
   f.lora_A = matrix("lora_A", lora_A, f.R, K);
   f.lora_B = matrix("lora_B", lora_B, N, f.R);
-  if (bias.has_value()) {
-    f.bias.dtype = float_dtype("bias", bias->scalar_type());
-    f.bias.data = field<void>("bias", bias, bias->scalar_type(), N);
-  }
+  if (bias.has_value()) f.bias = row_of("bias", *bias, N);
+  if (out_scale.has_value()) f.out_scale = field<float>("out_scale", out_scale, ScalarType::Float, N);
   f.dropout = make_dropout(dropout_mask, f.M, K, dropout_p);
   f.scaling = static_cast<float>(scaling);
   f.batch_invariant = batch_invariant;
@@ -189,10 +195,11 @@ Tensor gradient(bool wanted, const Tensor& like, Result& result) {
   return grad;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
     Tensor grad, Tensor x, WEIGHT_PARAMETERS, Tensor lora_A, Tensor lora_B, Tensor z,
-    std::optional<Tensor> dropout_mask, double scaling, double dropout_p, bool needs_x, bool needs_A,
-    bool needs_B, bool needs_bias, std::string level, bool batch_invariant) {
+    std::optional<Tensor> dropout_mask, std::optional<Tensor> out_scale, std::optional<Tensor> bias,
+    std::optional<Tensor> y, double scaling, double dropout_p, bool needs_x, bool needs_A, bool needs_B,
+    bool needs_bias, bool needs_out_scale, std::string level) {
   Backward b{};
   b.weight = make_weight(WEIGHT_ARGUMENTS);
   const int64_t N = b.weight.N, K = b.weight.K;
@@ -204,16 +211,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
   b.lora_B = matrix("lora_B", lora_B, N, b.R);
   b.z = static_cast<const float*>(matrix("z", z, b.M, b.R).data);
   STD_TORCH_CHECK(z.scalar_type() == ScalarType::Float, "z: expected Float, got ", z.scalar_type());
+  if (out_scale.has_value()) b.out_scale = field<float>("out_scale", out_scale, ScalarType::Float, N);
+  if (needs_out_scale) {
+    STD_TORCH_CHECK(out_scale.has_value(), "out_scale: expected a tensor, got None");
+    STD_TORCH_CHECK(y.has_value(), "y: expected a tensor, got None");
+    b.y = matrix("y", *y, b.M, N);
+    if (bias.has_value()) b.bias = row_of("bias", *bias, N);
+  }
   b.dropout = make_dropout(dropout_mask, b.M, K, dropout_p);
   b.scaling = static_cast<float>(scaling);
-  b.batch_invariant = batch_invariant;
   Tensor dx = gradient(needs_x, x, b.dx);
   Tensor d_A = gradient(needs_A, lora_A, b.d_A);
   Tensor d_B = gradient(needs_B, lora_B, b.d_B);
   Tensor dbias = torch::stable::new_empty(z, {needs_bias ? N : 0});
   if (needs_bias) b.dbias = static_cast<float*>(dbias.mutable_data_ptr());
+  Tensor d_out_scale = torch::stable::new_empty(z, {needs_out_scale ? N : 0});
+  if (needs_out_scale) b.d_out_scale = static_cast<float*>(d_out_scale.mutable_data_ptr());
   kernels(level).backward(b);
-  return {dx, d_A, d_B, dbias};
+  return {dx, d_A, d_B, dbias, d_out_scale};
 }
 
 Tensor dequantize(WEIGHT_PARAMETERS, ScalarType dtype, std::string level) {
@@ -237,13 +252,15 @@ Tensor pack_mask(Tensor keep) {
 }
 
 STABLE_TORCH_LIBRARY(peft_fast_cpu, m) {
-  m.def("lora_linear(Tensor x, " WEIGHT_SCHEMA
-        ", Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? dropout_mask, float scaling, float dropout_p, "
-        "str level, bool batch_invariant=False) -> (Tensor, Tensor)");
-  m.def("lora_linear_backward(Tensor grad, Tensor x, " WEIGHT_SCHEMA
-        ", Tensor lora_A, Tensor lora_B, Tensor z, Tensor? dropout_mask, float scaling, float dropout_p, "
-        "bool needs_x, bool needs_A, bool needs_B, bool needs_bias, str level, bool batch_invariant=False) "
-        "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "lora_linear(Tensor x, " WEIGHT_SCHEMA
+      ", Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? dropout_mask, Tensor? out_scale, float scaling, "
+      "float dropout_p, str level, bool batch_invariant) -> (Tensor, Tensor)");
+  m.def(
+      "lora_linear_backward(Tensor grad, Tensor x, " WEIGHT_SCHEMA
+      ", Tensor lora_A, Tensor lora_B, Tensor z, Tensor? dropout_mask, Tensor? out_scale, Tensor? bias, "
+      "Tensor? y, float scaling, float dropout_p, bool needs_x, bool needs_A, bool needs_B, bool needs_bias, "
+      "bool needs_out_scale, str level) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("dequantize(" WEIGHT_SCHEMA ", ScalarType dtype, str level) -> Tensor");
   m.def("pack_mask(Tensor keep) -> Tensor");
   m.def("level_available(str level) -> bool");

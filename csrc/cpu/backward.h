@@ -4,7 +4,7 @@
 // group of columns; one pass over the columns of x gives dX and dA. No reduction crosses items, but for the
 // parts of dZ, which are summed in order.
 //
-// dX: C = dX [M, k-block] accumulates A = dY [M, n-chunk] times B = decoded panel [n-chunk, k-block] (its
+// dX: C = dX [M, k-block] accumulates A = dY' [M, n-chunk] times B = decoded panel [n-chunk, k-block] (its
 // natural order); the low-rank term is one more step with A = dZ, B = lora_A.
 #pragma once
 
@@ -15,14 +15,13 @@ namespace peft_fast::PEFT_FAST_LEVEL {
 constexpr int64_t kTokenBlock = 24;  // tokens whose low-rank part of dX is dropped out at once
 
 inline int64_t in_block(int64_t K) {
-  return K <= kStrategy.narrow ? kStrategy.narrow_block : kStrategy.wide_block;
+  return K <= how().narrow ? how().narrow_block : how().wide_block;
 }
 
 // One backward: the wanted gradients, and scratch that lasts from one superblock to the next.
 struct Gradients {
   const Backward& b;
   const bool x, A, B;
-  const bool panels;  // dX is made of panels, not row by row
   const int64_t a_row, r_row;
   float* d_A;  // [R][a_row] where wanted
   float* d_B;  // [N][r_row] where wanted
@@ -32,7 +31,6 @@ struct Gradients {
         x(b.dx.data != nullptr),
         A(b.d_A.data != nullptr && b.R > 0),
         B(b.d_B.data != nullptr && b.R > 0),
-        panels(x && (b.M > kStrategy.few_rows || b.batch_invariant)),
         a_row(round_up(b.weight.K, kTileCols) + kPad),
         r_row(round_up(b.R, kLanes)),
         d_A(nullptr),
@@ -44,7 +42,7 @@ struct Gradients {
 struct Tokens {
   int64_t m0, rows;
   float* dz;          // [rows][r_row]
-  float* grad_cells;  // dY in chunks of kSteps cells: chunk c is [rows][kPanelRow]
+  float* grad_cells;  // dY' in chunks of kSteps cells: chunk c is [rows][kPanelRow]
 
   // Cell i of row m, of those that follow in its chunk.
   float* cells(int64_t m, int64_t i) const {
@@ -52,53 +50,71 @@ struct Tokens {
   }
 };
 
-// One pass over dY: its cells, dB and dbias, and dZ in parts; z_packed is z (depth rows).
+// out[0:n] (+)= sums[0:n].
+inline void add_sums(const float* sums, int64_t n, bool accumulate, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = accumulate ? out[i] + sums[i] : sums[i];
+}
+
+// dY' in fp32 to out [count][row]: tokens from m of the superblock on, columns [n0, n0 + n). On the way, what
+// they add to dbias and d_out_scale.
+inline void stage_grad(const Gradients& wanted, const Tokens& tokens, int64_t m, int64_t count, int64_t n0,
+                       int64_t n, float* out, int64_t row) {
+  const Backward& b = wanted.b;
+  const int64_t first = tokens.m0 + m;
+  const float* const scale = b.out_scale != nullptr ? b.out_scale + n0 : nullptr;
+  float bias_sums[kThin] = {}, scale_sums[kThin] = {}, bias[kThin] = {}, y[kThin];
+  if (b.bias.data != nullptr) to_float(b.bias, n0, n, bias);
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t at = (first + t) * b.weight.N + n0;
+    float* const grad = out + t * row;
+    to_float(b.grad, at, n, grad);
+    if (b.dbias != nullptr)
+      for (int64_t i = 0; i < n; ++i) bias_sums[i] += grad[i];
+    if (b.d_out_scale != nullptr) {
+      to_float(b.y, at, n, y);
+      for (int64_t i = 0; i < n; ++i) scale_sums[i] += grad[i] * ((y[i] - bias[i]) / scale[i]);
+    }
+    if (scale != nullptr)
+      for (int64_t i = 0; i < n; ++i) grad[i] *= scale[i];
+  }
+  if (b.dbias != nullptr) add_sums(bias_sums, n, first > 0, b.dbias + n0);
+  if (b.d_out_scale != nullptr) add_sums(scale_sums, n, first > 0, b.d_out_scale + n0);
+}
+
+// One pass over dY: dY' as cells, dB, dbias and d_out_scale, and dZ in parts; z_packed is z (depth rows).
 template <class Cell>
 inline void read_grad(const Gradients& wanted, const Tokens& tokens, PackedB z_packed, const Groups& dz) {
   const Backward& b = wanted.b;
-  const int64_t N = b.weight.N, R = b.R, rows = tokens.rows;
-  const bool first = tokens.m0 == 0;
-  parallel_for(0, dz.count, grain(rows * N / dz.count * (4 + 2 * R / kLanes)),
-               [&](int64_t begin, int64_t end) {
-                 Carver local(local_scratch(kTokens * (kThin + kPad) + PackedB::size(kThin, R)));
-                 float* const staging = local.take(kTokens * (kThin + kPad));
-                 float* const b_data = local.take(PackedB::size(kThin, R));
-                 for (int64_t g = begin; g < end; ++g) {
-                   for (int64_t n0 = dz.begin(g); n0 < dz.begin(g + 1); n0 += kThin) {
-                     const int64_t n = min(kThin, N - n0);
-                     const PackedB lora_B{b_data, n, R};
-                     for (int64_t p = 0; p < n && wanted.dz(); ++p)
-                       pack_row(lora_B, p, [&](int64_t j, int64_t count, float* out) {
-                         to_float(b.lora_B, (n0 + p) * R + j, count, out);
-                       });
-                     for (int64_t m = 0; m < rows; m += kTokens) {
-                       const int64_t count = min(kTokens, rows - m);
-                       float* const cells = wanted.panels ? tokens.cells(m, n0 / Cell::kValues) : nullptr;
-                       // dY in fp32: as cells already, if they hold that.
-                       const bool as_cells = Cell::kValues == 1 && cells != nullptr;
-                       float* const grad = as_cells ? cells : staging;
-                       const int64_t row = as_cells ? kPanelRow : kThin + kPad;
-                       for (int64_t t = 0; t < count; ++t) {
-                         const int64_t at = (tokens.m0 + m + t) * N + n0;
-                         to_float(b.grad, at, n, grad + t * row);
-                         if (cells != nullptr && !as_cells)
-                           to_cells(Cell(), b.grad, at, n, cells + t * kPanelRow);
-                       }
-                       if (wanted.dz())
-                         gemm<Single>(count, n, {grad, row, 1}, lora_B, 0, dz.part(g, m), n0 > dz.begin(g));
-                       if (wanted.B)
-                         gemm<Single>(n, count, {grad, 1, row}, z_packed, m,
-                                      {wanted.d_B + n0 * wanted.r_row, wanted.r_row}, !first || m > 0);
-                       if (b.dbias == nullptr) continue;
-                       float sums[kThin] = {};
-                       for (int64_t t = 0; t < count; ++t)
-                         for (int64_t i = 0; i < n; ++i) sums[i] += grad[t * row + i];
-                       for (int64_t i = 0; i < n; ++i)
-                         b.dbias[n0 + i] = first && m == 0 ? sums[i] : b.dbias[n0 + i] + sums[i];
-                     }
-                   }
-                 }
-               });
+  const int64_t N = b.weight.N, R = b.R, rows = tokens.rows, r_row = wanted.r_row;
+  const int64_t work = rows * N / dz.count * (4 + 2 * R / kLanes);
+  parallel_for(0, dz.count, grain(work), [&](int64_t begin, int64_t end) {
+    Carver local(local_scratch(kTokens * (kThin + kPad) + PackedB::size(kThin, R)));
+    float* const staging = local.take(kTokens * (kThin + kPad));
+    float* const b_data = local.take(PackedB::size(kThin, R));
+    for (int64_t g = begin; g < end; ++g)
+      for (int64_t n0 = dz.begin(g); n0 < dz.begin(g + 1); n0 += kThin) {
+        const int64_t n = min(kThin, N - n0);
+        const PackedB lora_B{b_data, n, R};
+        for (int64_t p = 0; p < n && wanted.dz(); ++p)
+          pack_row(lora_B, p, [&](int64_t j, int64_t count, float* out) {
+            to_float(b.lora_B, (n0 + p) * R + j, count, out);
+          });
+        for (int64_t m = 0; m < rows; m += kTokens) {
+          const int64_t count = min(kTokens, rows - m);
+          float* const cells = wanted.x ? tokens.cells(m, n0 / Cell::kValues) : nullptr;
+          const bool as_cells = Cell::kValues == 1 && cells != nullptr;
+          float* const grad = as_cells ? cells : staging;
+          const int64_t row = as_cells ? kPanelRow : kThin + kPad;
+          stage_grad(wanted, tokens, m, count, n0, n, grad, row);
+          for (int64_t t = 0; t < count && cells != nullptr && !as_cells; ++t)
+            to_cells(Cell(), {grad + t * row, DType::kFloat32}, 0, n, cells + t * kPanelRow);
+          if (wanted.dz()) gemm<Single>(count, n, {grad, row, 1}, lora_B, 0, dz.part(g, m), n0 > dz.begin(g));
+          if (wanted.B)
+            gemm<Single>(n, count, {grad, 1, row}, z_packed, m, {wanted.d_B + n0 * r_row, r_row},
+                         tokens.m0 + m > 0);
+        }
+      }
+  });
 }
 
 // tokens.dz = scaling * the sum of its parts.
@@ -138,11 +154,7 @@ inline void grad_x_panels(const Gradients& wanted, const Tokens& tokens, int64_t
     const int64_t n = min(chunk, w.N - n0);
     const PackedB panel{scratch, blocks(n, Cell::kValues), cols};
     const int64_t next = n0 + chunk < w.N ? (n0 + chunk) * w.K + k0 : k0 + in_block(w.K);
-    for (int64_t p = 0; p < panel.depth; ++p) {
-      const int64_t row = p * Cell::kValues;
-      for (int i = 0; i < Cell::kValues; ++i) prefetch(w, next + (row + i) * w.K, in_block(w.K));
-      pack_across(Cell(), w, n0 + row, k0, panel, p);
-    }
+    pack_across(Cell(), w, {n0, n, k0, cols, next}, panel);
     const MatrixA grad{tokens.cells(0, n0 / Cell::kValues), kPanelRow, 1};
     gemm<Cell>(tokens.rows, panel.depth, grad, panel, 0, base, n0 > 0);
   }
@@ -175,9 +187,9 @@ inline void store_grad_x(const Gradients& wanted, const Tokens& tokens, int64_t 
     from_float(base.data + m * base.row, cols, b.dx, (tokens.m0 + m) * K + k0);
 }
 
-// dx and d_A by blocks of columns, many tokens.
+// dx and d_A, by blocks of columns.
 template <class Cell>
-inline void columns_panels(const Gradients& wanted, const Tokens& tokens) {
+inline void read_columns(const Gradients& wanted, const Tokens& tokens) {
   const int64_t N = wanted.b.weight.N, K = wanted.b.weight.K, R = wanted.b.R, width = in_block(K);
   const int64_t base_row = width + kPad;
   parallel_for(0, blocks(K, width), grain(panel_work(width * N, tokens.rows)),
@@ -197,28 +209,6 @@ inline void columns_panels(const Gradients& wanted, const Tokens& tokens) {
                });
 }
 
-// dx and d_A by stripes of columns, M tokens; tokens.grad_cells is dY [M][N].
-template <int M>
-inline void columns_few_rows(const Gradients& wanted, const Tokens& tokens) {
-  const Weight& w = wanted.b.weight;
-  const int64_t K = w.K, R = wanted.b.R, width = in_block(K);
-  parallel_for(0, blocks(K, kStripe), grain(kStripe * w.N), [&](int64_t begin, int64_t end) {
-    Carver local(local_scratch(kStripe * (4 + 2 * M + R + kTokenBlock) + width * (kSteps + 1)));
-    float* const scratch = local.take(kStripe * (4 + M));
-    float* const low_rank = local.take(kStripe * (R + kTokenBlock));
-    float* const x = local.take(width * (kSteps + 1));
-    const MatrixC base{local.take(kStripe * M), kStripe};
-    for (int64_t k0 = begin * kStripe; k0 < min(end * kStripe, K); k0 += kStripe) {
-      const int64_t cols = min(kStripe, K - k0);
-      for (int64_t k = 0; k < cols && wanted.A; k += width)
-        add_grad_A(wanted, tokens, k0 + k, min(width, cols - k), x);
-      if (!wanted.x) continue;
-      grad_x_few_rows<M>(w, tokens.grad_cells, k0, cols, scratch, base.data);
-      store_grad_x(wanted, tokens, k0, cols, low_rank, base);
-    }
-  });
-}
-
 // d_A and d_B in their own dtypes.
 inline void store_factors(const Gradients& wanted) {
   const Backward& b = wanted.b;
@@ -235,10 +225,7 @@ template <class Cell>
 inline void backward_as(const Backward& b) {
   const int64_t N = b.weight.N, R = b.R, most = superblock(b.M, blocks(N, Cell::kValues));
   Gradients wanted(b);
-  const bool plain = wanted.x && !wanted.panels;  // dY as fp32 rows
-  const int64_t cells_size = wanted.panels ? blocks(N, kSteps * Cell::kValues) * kPanelRow * most
-                             : plain       ? b.M * N
-                                           : 0;
+  const int64_t cells_size = wanted.x ? blocks(N, kSteps * Cell::kValues) * kPanelRow * most : 0;
   const int64_t z_size = PackedB::size(most, R), dz_size = most * wanted.r_row;
   const int64_t A_size = wanted.A ? R * wanted.a_row : 0, B_size = wanted.B ? N * wanted.r_row : 0;
   Groups dz(N, R, most);
@@ -257,12 +244,7 @@ inline void backward_as(const Backward& b) {
       });
     read_grad<Cell>(wanted, tokens, z_packed, dz);
     if (wanted.dz()) finish_dz(wanted, tokens, dz);
-    if (plain) {
-      to_float(b.grad, 0, b.M * N, tokens.grad_cells);
-      with_few_rows(b.M, [&](auto M) { columns_few_rows<M()>(wanted, tokens); });
-    } else if (wanted.x || wanted.A) {
-      columns_panels<Cell>(wanted, tokens);
-    }
+    if (wanted.x || wanted.A) read_columns<Cell>(wanted, tokens);
   }
   store_factors(wanted);
 }
@@ -276,6 +258,7 @@ inline void zero_gradients(const Backward& b) {
   zero(b.d_A, b.R * b.weight.K);
   zero(b.d_B, b.weight.N * b.R);
   zero({b.dbias, DType::kFloat32}, b.weight.N);
+  zero({b.d_out_scale, DType::kFloat32}, b.weight.N);
 }
 
 // The wanted gradients; see Backward.

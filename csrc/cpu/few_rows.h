@@ -6,8 +6,7 @@
 
 namespace peft_fast::PEFT_FAST_LEVEL {
 
-constexpr int64_t kFewOut = 48;   // outputs of one forward item
-constexpr int64_t kStripe = 256;  // columns of one dX item
+constexpr int64_t kFewOut = 48;  // outputs of one forward item
 
 // out[m] = x[m] · w for M rows x [M][x_row] and one row w [n].
 template <int M>
@@ -22,23 +21,48 @@ inline void dot_rows(const float* x, int64_t x_row, const float* w, int64_t n, f
   }
 }
 
-// out[m] = x[m] · Ŵ[row] for M rows x [M][K], decoding in registers; K is a multiple of kTileCols.
-template <int M>
-inline void dot_packed_row(const GroupDecoder& group, const float* x, int64_t K, int64_t row, float* out) {
-  V acc[M] = {};
-  float scale = 0.0f;
+// out[r][m] = x[m] · Ŵ[row + r] for M rows x [M][K], decoding in registers; K is a multiple of kTileCols.
+// Several rows at a time share the loads of x.
+template <int M, int Rows>
+inline void dot_packed_rows(const GroupDecoder& group, const float* x, int64_t K, int64_t row,
+                            float (*out)[M]) {
+  V acc[Rows][M] = {};
+  Table tables[Rows] = {};
   for (int64_t k = 0; k < K; k += kTileCols) {
-    const int64_t i = row * K + k;
-    V first, second;
-    group.codes(i, first, second);
-    if (k == 0 || group.starts_block(i)) scale = group.scale(i);
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      const float* xm = x + m * K + k;
-      acc[m] = fma(fma(second, load(xm + kLanes), first * load(xm)), splat(scale), acc[m]);
+    for (int r = 0; r < Rows; ++r) {
+      const int64_t i = (row + r) * K + k;
+      if (k == 0 || group.starts_block(i)) tables[r] = group.table(i);
+      V first, second;
+      lookup(group.bytes(i), tables[r], first, second);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const float* xm = x + m * K + k;
+        acc[r][m] = fma(second, load(xm + kLanes), fma(first, load(xm), acc[r][m]));
+      }
     }
   }
-  for (int m = 0; m < M; ++m) out[m] = sum(acc[m]);
+  for (int r = 0; r < Rows; ++r)
+    for (int m = 0; m < M; ++m) out[r][m] = sum(acc[r][m]);
+}
+
+// base[i][m] = x[m] · Ŵ[n0 + i] for n <= kFewOut rows of the weight; row is scratch [K].
+template <int M>
+inline void few_outputs(const Weight& w, const float* x, int64_t n0, int64_t n, float* row,
+                        float (*base)[M]) {
+  constexpr int kRows = 2;
+  const int64_t K = w.K;
+  if (is_dense(w) || K % kTileCols != 0) {
+    for (int64_t i = 0; i < n; ++i) {
+      decode(w, (n0 + i) * K, K, row);
+      dot_rows<M>(x, K, row, K, base[i]);
+    }
+    return;
+  }
+  const GroupDecoder group(w.four_bit);
+  int64_t i = 0;
+  for (; i + kRows <= n; i += kRows) dot_packed_rows<M, kRows>(group, x, K, n0 + i, base + i);
+  for (; i < n; ++i) dot_packed_rows<M, 1>(group, x, K, n0 + i, base + i);
 }
 
 // y and z of M tokens.
@@ -63,93 +87,31 @@ inline void forward_few_rows(const Forward& f) {
       for (int m = 0; m < M; ++m) f.z[m * R + r] = z[m];
     }
   });
-  const bool in_registers = !is_dense(f.weight) && K % kTileCols == 0;
   parallel_for(0, blocks(N, kFewOut), grain(kFewOut * K), [&](int64_t begin, int64_t end) {
-    Carver local(local_scratch(round_up(K, 16) + round_up(R, 16) + (M + 1) * kFewOut));
+    Carver local(local_scratch(Carver::total({K, R, kFewOut, M * kFewOut})));
     float* const row = local.take(K);
     float* const lora_B = local.take(R);
     float* const bias = local.take(kFewOut);
     float* const y = local.take(M * kFewOut);
-    const GroupDecoder group(f.weight.four_bit);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t n0 = item * kFewOut, n = min(kFewOut, N - n0);
       std::memset(bias, 0, kFewOut * sizeof(float));
       if (f.bias.data != nullptr) to_float(f.bias, n0, n, bias);
+      float base[kFewOut][M];
+      few_outputs<M>(f.weight, x, n0, n, row, base);
       for (int64_t i = 0; i < n; ++i) {
-        float base[M], low_rank[M];
-        if (in_registers) {
-          dot_packed_row<M>(group, x, K, n0 + i, base);
-        } else {
-          decode(f.weight, (n0 + i) * K, K, row);
-          dot_rows<M>(x, K, row, K, base);
-        }
+        float low_rank[M];
         to_float(f.lora_B, (n0 + i) * R, R, lora_B, f.scaling);
         dot_rows<M>(f.z, R, lora_B, R, low_rank);
-        for (int m = 0; m < M; ++m) y[m * kFewOut + i] = base[m] + low_rank[m] + bias[i];
+        const float scale = f.out_scale != nullptr ? f.out_scale[n0 + i] : 1.0f;
+        for (int m = 0; m < M; ++m) y[m * kFewOut + i] = (base[i][m] + low_rank[m]) * scale + bias[i];
       }
       for (int m = 0; m < M; ++m) from_float(y + m * kFewOut, n, f.y, m * N + n0);
     }
   });
 }
 
-// partial [M][kStripe] += g · Ŵ for rows [n0, n0 + n) of the weight, n at most 4, and columns [k0, k0 +
-// cols); g is dY [M][N].
-template <int M>
-inline void add_rows(const Weight& w, const GroupDecoder* group, const float* g, int64_t n0, int64_t n,
-                     int64_t k0, int64_t cols, float* decoded, float* partial) {
-  const int64_t N = w.N, K = w.K;
-  float scale[4];
-  if (group == nullptr)
-    for (int64_t i = 0; i < n; ++i) decode(w, (n0 + i) * K + k0, cols, decoded + i * kStripe);
-  for (int64_t k = 0; k < cols; k += kTileCols) {
-    V acc[M][2];
-    for (int m = 0; m < M; ++m)
-      for (int h = 0; h < 2; ++h) acc[m][h] = load(partial + m * kStripe + k + h * kLanes);
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t element = (n0 + i) * K + k0 + k;
-      V first, second;
-      if (group != nullptr) {
-        group->codes(element, first, second);
-        if (k == 0 || group->starts_block(element)) scale[i] = group->scale(element);
-      } else {
-        first = load(decoded + i * kStripe + k);
-        second = load(decoded + i * kStripe + k + kLanes);
-        scale[i] = 1.0f;
-      }
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        const V factor = splat(g[m * N + n0 + i] * scale[i]);
-        acc[m][0] = fma(first, factor, acc[m][0]);
-        acc[m][1] = fma(second, factor, acc[m][1]);
-      }
-    }
-    for (int m = 0; m < M; ++m)
-      for (int h = 0; h < 2; ++h) store(partial + m * kStripe + k + h * kLanes, acc[m][h]);
-  }
-}
-
-// dY · Ŵ of M tokens for columns [k0, k0 + cols) to out [M][kStripe], summed in parts of kSteps rows; g is dY
-// [M][N], scratch [4 + M][kStripe].
-template <int M>
-inline void grad_x_few_rows(const Weight& w, const float* g, int64_t k0, int64_t cols, float* scratch,
-                            float* out) {
-  constexpr int64_t kRows = 4, kAhead = 16;
-  float* const decoded = scratch;
-  float* const partial = scratch + kRows * kStripe;
-  const GroupDecoder decoder(w.four_bit);
-  const GroupDecoder* group = !is_dense(w) && w.K % kTileCols == 0 ? &decoder : nullptr;
-  std::memset(out, 0, M * kStripe * sizeof(float));
-  for (int64_t begin = 0; begin < w.N; begin += kSteps) {
-    std::memset(partial, 0, M * kStripe * sizeof(float));
-    for (int64_t n0 = begin; n0 < min(w.N, begin + kSteps); n0 += kRows) {
-      for (int64_t i = 0; i < kRows; ++i) prefetch(w, (n0 + kAhead + i) * w.K + k0, kStripe);
-      add_rows<M>(w, group, g, n0, min(kRows, w.N - n0), k0, cols, decoded, partial);
-    }
-    for (int64_t i = 0; i < M * kStripe; ++i) out[i] += partial[i];
-  }
-}
-
-// Calls f with M as a compile-time constant, 1 .. 4.
+// Calls f with M as a compile-time constant, 1 .. kMostFewRows.
 template <class F>
 inline void with_few_rows(int64_t M, F f) {
   switch (M) {

@@ -78,15 +78,18 @@ inline void finish_z(const Forward& f, int64_t m0, int64_t rows, const Groups& z
   });
 }
 
-// y [rows, n-block] from yt [n-block][yt_row] with the bias added; staging [kTileCols][out_block].
+// y [rows, n-block] from yt [n-block][yt_row], scaled, with the bias added; staging [kTileCols][out_block].
 inline void store_transposed(const Forward& f, int64_t m0, int64_t rows, int64_t n0, int64_t n,
-                             const float* yt, int64_t yt_row, const float* bias, float* staging) {
-  constexpr int64_t row = kStrategy.out_block;
+                             const float* yt, int64_t yt_row, const float* scale, const float* bias,
+                             float* staging) {
+  const int64_t row = how().out_block;
   for (int64_t m = 0; m < rows; m += kTileCols) {
     const int64_t tokens = min(kTileCols, rows - m);
     transpose(yt + m, yt_row, n, tokens, staging, row);
     for (int64_t t = 0; t < tokens; ++t) {
       float* values = staging + t * row;
+      if (scale != nullptr)
+        for (int64_t i = 0; i < n; ++i) values[i] *= scale[i];
       if (bias != nullptr)
         for (int64_t i = 0; i < n; ++i) values[i] += bias[i];
       from_float(values, n, f.y, (m0 + m + t) * f.weight.N + n0);
@@ -97,7 +100,8 @@ inline void store_transposed(const Forward& f, int64_t m0, int64_t rows, int64_t
 // y for tokens [m0, m0 + rows) from Xᵀ and Zᵀ.
 template <class Cell>
 inline void multiply_panels(const Forward& f, int64_t m0, int64_t rows, PackedB x_packed, PackedB z_packed) {
-  constexpr int64_t out_block = kStrategy.out_block, chunk = kSteps * Cell::kValues;
+  constexpr int64_t chunk = kSteps * Cell::kValues;
+  const int64_t out_block = how().out_block;
   const int64_t N = f.weight.N, K = f.weight.K, R = f.R;
   parallel_for(
       0, blocks(N, out_block), grain(panel_work(out_block * K, rows)), [&](int64_t begin, int64_t end) {
@@ -113,10 +117,7 @@ inline void multiply_panels(const Forward& f, int64_t m0, int64_t rows, PackedB 
           for (int64_t k0 = 0; k0 < K; k0 += chunk) {
             const int64_t values = min(chunk, K - k0);
             const int64_t next = k0 + chunk < K ? n0 * K + k0 + chunk : (n0 + out_block) * K;
-            for (int64_t i = 0; i < n; ++i) {
-              prefetch(f.weight, next + i * K, chunk);
-              decode_along(Cell(), f.weight, (n0 + i) * K + k0, values, panel + i * kPanelRow);
-            }
+            decode_along(Cell(), f.weight, {n0, n, k0, values, next}, panel);
             gemm<Cell>(n, blocks(values, Cell::kValues), {panel, kPanelRow, 1}, x_packed, k0 / Cell::kValues,
                        yt, k0 > 0);
           }
@@ -125,7 +126,8 @@ inline void multiply_panels(const Forward& f, int64_t m0, int64_t rows, PackedB 
             gemm<Single>(n, R, {lora_B, R, 1}, z_packed, 0, yt, true);
           }
           if (bias != nullptr) to_float(f.bias, n0, n, bias);
-          store_transposed(f, m0, rows, n0, n, yt.data, yt_row, bias, staging);
+          const float* scale = f.out_scale != nullptr ? f.out_scale + n0 : nullptr;
+          store_transposed(f, m0, rows, n0, n, yt.data, yt_row, scale, bias, staging);
         }
       });
 }
@@ -149,10 +151,15 @@ inline void forward_panels(const Forward& f) {
 // y [M, N] and z [M, R] of `f`; see Forward.
 inline void forward(const Forward& f) {
   if (f.M == 0) return;
-  if (f.M <= kStrategy.few_rows && !f.batch_invariant)
+#ifdef PEFT_FAST_PAIRS
+  const bool pairs = f.x.dtype == DType::kBFloat16;
+#else
+  constexpr bool pairs = false;
+#endif
+  if (f.M <= (pairs ? how().few_rows_of_pairs : how().few_rows) && !f.batch_invariant)
     return with_few_rows(f.M, [&](auto M) { forward_few_rows<M()>(f); });
 #ifdef PEFT_FAST_PAIRS
-  if (f.x.dtype == DType::kBFloat16) return forward_panels<Pair>(f);
+  if (pairs) return forward_panels<Pair>(f);
 #endif
   forward_panels<Single>(f);
 }

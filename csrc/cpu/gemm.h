@@ -13,6 +13,7 @@ namespace peft_fast::PEFT_FAST_LEVEL {
 struct Single {
   static constexpr int kValues = 1;
   static V multiply_add(V a, V b, V sum) { return fma(a, b, sum); }
+  static V multiply_add(const float* a, V b, V sum) { return fma(splat(*a), b, sum); }
 };
 
 #ifdef PEFT_FAST_PAIRS
@@ -20,6 +21,7 @@ struct Single {
 struct Pair {
   static constexpr int kValues = 2;
   static V multiply_add(V a, V b, V sum) { return dot_pairs(a, b, sum); }
+  static V multiply_add(const float* a, V b, V sum) { return dot_pairs(a, b, sum); }
 };
 #endif
 
@@ -67,24 +69,34 @@ inline void pack_row(const PackedB& b, int64_t p, Fill fill) {
 }
 
 // One register tile: I rows, J vectors, P steps from zero, then stored or added to C. `Row` is a.row where it
-// is known to the compiler (twelve row addresses need no registers then), else 0.
+// is known to the compiler (twelve row addresses need no registers then), else 0. At each step two lines are
+// asked for that come later: of the rows of A that follow, and of `next_b`. They may be far away still.
 template <class Cell, int I, int J, int Row>
-inline void tile(MatrixA matrix, const float* b, int64_t P, float* c, int64_t c_row, bool accumulate) {
+inline void tile(MatrixA matrix, const float* b, const float* next_b, int64_t P, float* c, int64_t c_row,
+                 bool accumulate) {
   const int64_t a_row = Row != 0 ? Row : matrix.row, a_step = Row != 0 ? 1 : matrix.step;
   const float* a = matrix.data;
   V acc[I][J] = {};
   for (int64_t p = 0; p < P; ++p, a += a_step, b += J * kLanes) {
+    if constexpr (Row != 0) {
+      __builtin_prefetch(matrix.data + I * Row + p * 16);
+      __builtin_prefetch(next_b + p * 16);
+    }
     V bv[J];
 #pragma GCC unroll 2
     for (int j = 0; j < J; ++j) bv[j] = load(b + j * kLanes);
-#pragma GCC unroll 16
+#pragma GCC unroll 24
     for (int i = 0; i < I; ++i) {
-      const V av = splat(a[i * a_row]);
+      if constexpr (J == 1) {
+        acc[i][0] = Cell::multiply_add(a + i * a_row, bv[0], acc[i][0]);
+      } else {
+        const V av = splat(a[i * a_row]);
 #pragma GCC unroll 2
-      for (int j = 0; j < J; ++j) acc[i][j] = Cell::multiply_add(av, bv[j], acc[i][j]);
+        for (int j = 0; j < J; ++j) acc[i][j] = Cell::multiply_add(av, bv[j], acc[i][j]);
+      }
     }
   }
-#pragma GCC unroll 16
+#pragma GCC unroll 24
   for (int i = 0; i < I; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < J; ++j) {
@@ -94,16 +106,18 @@ inline void tile(MatrixA matrix, const float* b, int64_t P, float* c, int64_t c_
 }
 
 template <class Cell, int I, int J>
-inline void tile_column(int64_t rows, int64_t P, MatrixA a, const float* b, MatrixC c, bool accumulate) {
-  for (; rows >= I; rows -= I, a.data += I * a.row, c.data += I * c.row) {
+inline void tile_column(int64_t rows, int64_t P, MatrixA a, const float* b, const float* next_b, MatrixC c,
+                        bool accumulate) {
+  for (int64_t t = 0; rows >= I; ++t, rows -= I, a.data += I * a.row, c.data += I * c.row) {
+    const float* const ahead = next_b + min(t, J) * P * 16;  // J lines a step make a tile of B
     if (a.row == kPanelRow && a.step == 1)
-      tile<Cell, I, J, kPanelRow>(a, b, P, c.data, c.row, accumulate);
+      tile<Cell, I, J, kPanelRow>(a, b, ahead, P, c.data, c.row, accumulate);
     else
-      tile<Cell, I, J, 0>(a, b, P, c.data, c.row, accumulate);
+      tile<Cell, I, J, 0>(a, b, ahead, P, c.data, c.row, accumulate);
   }
   if constexpr (I > 1) {
-    constexpr int kNext = I > 8 ? 8 : I > 4 ? 4 : I / 2;
-    if (rows > 0) tile_column<Cell, kNext, J>(rows, P, a, b, c, accumulate);
+    constexpr int kNext = I > kTileRows ? kTileRows : I > 8 ? 8 : I > 4 ? 4 : I / 2;
+    if (rows > 0) tile_column<Cell, kNext, J>(rows, P, a, b, next_b, c, accumulate);
   }
 }
 
@@ -111,11 +125,13 @@ inline void tile_column(int64_t rows, int64_t P, MatrixA a, const float* b, Matr
 template <class Cell>
 inline void gemm(int64_t rows, int64_t P, MatrixA a, PackedB b, int64_t p0, MatrixC c, bool accumulate) {
   for (int64_t j = 0; j < b.cols; j += kTileCols) {
+    const float* const bj = b.row(j, p0);
+    const float* const next_b = j + kTileCols < b.cols ? b.row(j + kTileCols, p0) : bj;
     const MatrixC cj{c.data + j, c.row};
     if (b.width(j) == kTileCols)
-      tile_column<Cell, kTileRows, 2>(rows, P, a, b.row(j, p0), cj, accumulate);
+      tile_column<Cell, kTileRows, 2>(rows, P, a, bj, next_b, cj, accumulate);
     else
-      tile_column<Cell, kTileRows, 1>(rows, P, a, b.row(j, p0), cj, accumulate);
+      tile_column<Cell, 2 * kTileRows, 1>(rows, P, a, bj, next_b, cj, accumulate);
   }
 }
 

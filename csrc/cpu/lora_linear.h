@@ -37,38 +37,43 @@ struct Dropout {
   float scale;          // 1 / (1 - p), 0 at p = 1
 };
 
-// y = x · Ŵᵀ + scaling · z · lora_Bᵀ + bias  with  z = drop(x) · lora_Aᵀ.
+// y = out_scale ⊙ (x · Ŵᵀ + scaling · z · lora_Bᵀ) + bias  with  z = drop(x) · lora_Aᵀ.
 struct Forward {
   int64_t M, R;
   Weight weight;
-  Operand x;       // [M, K]
-  Operand bias;    // [N], null data without bias
-  Operand lora_A;  // [R, K]
-  Operand lora_B;  // [N, R]
+  Operand x;               // [M, K]
+  Operand bias;            // [N], null data without bias
+  const float* out_scale;  // [N], or null for ones
+  Operand lora_A;          // [R, K]
+  Operand lora_B;          // [N, R]
   Dropout dropout;
   float scaling;
-  bool batch_invariant;  // the bits of a row do not depend on the other rows, nor on their number
+  bool batch_invariant;  // the bits of a row of y and z do not depend on the number of rows
   Result y;              // [M, N]
   float* z;              // [M, R]
 };
 
-// dZ = scaling · dY · lora_B,  dX = dY · Ŵ + drop(dZ · lora_A),  dA = dZᵀ · drop(x),  dB = scaling · dYᵀ · z,
-// dbias = Σ_m dY.
+// With dY' = dY ⊙ out_scale:  dZ = scaling · dY' · lora_B,  dX = dY' · Ŵ + drop(dZ · lora_A),
+// dA = dZᵀ · drop(x),  dB = scaling · dY'ᵀ · z,  dbias = Σ_m dY,  d_out_scale = Σ_m dY ⊙ (y − bias) /
+// out_scale.
 struct Backward {
   int64_t M, R;
   Weight weight;
-  Operand grad;    // [M, N]
-  Operand x;       // [M, K]
-  Operand lora_A;  // [R, K]
-  Operand lora_B;  // [N, R]
-  const float* z;  // [M, R]
+  Operand grad;            // [M, N]
+  Operand x;               // [M, K]
+  Operand lora_A;          // [R, K]
+  Operand lora_B;          // [N, R]
+  const float* z;          // [M, R]
+  const float* out_scale;  // [N], or null for ones
+  Operand y;               // [M, N], read for d_out_scale alone
+  Operand bias;            // [N], null data without bias, read for d_out_scale alone
   Dropout dropout;
   float scaling;
-  bool batch_invariant;  // of dx; the other gradients are sums over rows
-  Result dx;             // [M, K]
-  Result d_A;            // [R, K]
-  Result d_B;            // [N, R]
-  float* dbias;          // [N], or null
+  Result dx;           // [M, K]
+  Result d_A;          // [R, K]
+  Result d_B;          // [N, R]
+  float* dbias;        // [N], or null
+  float* d_out_scale;  // [N], or null
 };
 
 // One instruction-set level. The same bits come out for any number of threads.

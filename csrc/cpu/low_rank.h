@@ -13,15 +13,19 @@ namespace peft_fast::PEFT_FAST_LEVEL {
 
 using torch::stable::parallel_for;
 
-constexpr Strategy kStrategy = kStrategies[static_cast<int>(PEFT_FAST_LEVEL_ID)];
 constexpr int64_t kMaxPacked = 4 << 20;  // cells of a packed superblock
 constexpr int64_t kPad = 16;             // keeps rows of scratch off the same cache sets
 constexpr int64_t kThin = 64;            // columns that are staged at once
 constexpr int64_t kTokens = 96;          // tokens that are staged at once
 
+// How this level carries an op out.
+inline const Strategy& how() {
+  return strategy(PEFT_FAST_LEVEL_ID);
+}
+
 // Rows of a superblock: even parts of M whose packed copy, `width` cells a row, stays within bounds.
 inline int64_t superblock(int64_t M, int64_t width) {
-  const int64_t most = min(kStrategy.superblock, round_up(kMaxPacked / width + 1, kTileCols));
+  const int64_t most = min(how().superblock, round_up(kMaxPacked / width + 1, kTileCols));
   return round_up(blocks(M, blocks(M, most)), kTileCols);
 }
 

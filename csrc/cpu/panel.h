@@ -9,6 +9,9 @@ inline bool is_dense(const Weight& w) {
   return w.dense.data != nullptr;
 }
 
+// Small functions of inner loops, which GCC would rather call, saving every vector register around the call.
+#define PEFT_FAST_INLINE __attribute__((always_inline)) inline
+
 // Decodes groups: kTileCols elements from a multiple of kTileCols on, which lie in one block and start at a
 // byte. Made of a dense weight, it decodes nothing.
 class GroupDecoder {
@@ -16,14 +19,13 @@ class GroupDecoder {
   // A dense weight has no table; its decoder is never asked for values.
   explicit GroupDecoder(const FourBit& w) : w_(w), code_(w.code != nullptr ? load_table(w.code) : Table{}) {}
 
-  // The code values of the group at flat element i, not yet scaled.
-  void codes(int64_t i, V& first, V& second) const { lookup(bytes(i), code_, first, second); }
-
-  const uint8_t* bytes(int64_t i) const { return w_.packed + (i >> 1); }
-  float scale(int64_t i) const { return block_scale(w_, i >> w_.block_shift); }
-  bool starts_block(int64_t i) const { return (i & ((int64_t{1} << w_.block_shift) - 1)) == 0; }
+  PEFT_FAST_INLINE const uint8_t* bytes(int64_t i) const { return w_.packed + (i >> 1); }
+  PEFT_FAST_INLINE float scale(int64_t i) const { return block_scale(w_, i >> w_.block_shift); }
+  PEFT_FAST_INLINE bool starts_block(int64_t i) const {
+    return (i & ((int64_t{1} << w_.block_shift) - 1)) == 0;
+  }
   // The exact values that the nibbles of the group at i stand for.
-  Table table(int64_t i) const { return scale_table(code_, scale(i)); }
+  PEFT_FAST_INLINE Table table(int64_t i) const { return scale_table(code_, scale(i)); }
 
  private:
   const FourBit w_;
@@ -33,7 +35,7 @@ class GroupDecoder {
 // Asks for flat elements [begin, begin + n) to be brought near, as far as they exist. Panels walk down
 // columns of the packed matrix, which the hardware does not foresee. Always inlined: GCC takes a function
 // that only prefetches for one without effect, and drops the call.
-__attribute__((always_inline)) inline void prefetch(const Weight& w, int64_t begin, int64_t n) {
+PEFT_FAST_INLINE void prefetch(const Weight& w, int64_t begin, int64_t n) {
   const int64_t end = min(begin + n, w.N * w.K);
   const char* data = static_cast<const char*>(is_dense(w) ? w.dense.data : w.four_bit.packed);
   const int64_t bits = !is_dense(w) ? 4 : w.dense.dtype == DType::kFloat32 ? 32 : 16;
@@ -41,12 +43,11 @@ __attribute__((always_inline)) inline void prefetch(const Weight& w, int64_t beg
 }
 
 // The exact fp32 values of `count` whole groups from flat element i on, to out, out + stride, ...
-inline void decode_groups(const Weight& w, int64_t i, int64_t count, float* out, int64_t stride) {
-  if (count == 0) return;
-  const GroupDecoder group(w.four_bit);
-  Table table = group.table(i);
+PEFT_FAST_INLINE void decode_groups(const GroupDecoder& group, int64_t i, int64_t count, float* out,
+                                    int64_t stride) {
+  Table table{};
   for (int64_t g = 0; g < count; ++g, i += kTileCols, out += stride) {
-    if (g > 0 && group.starts_block(i)) table = group.table(i);
+    if (g == 0 || group.starts_block(i)) table = group.table(i);
     V first, second;
     lookup(group.bytes(i), table, first, second);
     store(out, first);
@@ -59,7 +60,7 @@ inline void decode_part(const Weight& w, int64_t begin, int64_t n, float* out) {
   const int64_t group = begin / kTileCols * kTileCols;
   if (group + kTileCols <= w.N * w.K) {
     float values[kTileCols];
-    decode_groups(w, group, 1, values, kTileCols);
+    decode_groups(GroupDecoder(w.four_bit), group, 1, values, kTileCols);
     std::memcpy(out, values + (begin - group), n * sizeof(float));
   } else {
     for (int64_t i = 0; i < n; ++i) out[i] = decode_element(w.four_bit, begin + i);
@@ -72,87 +73,124 @@ inline void decode(const Weight& w, int64_t begin, int64_t n, float* out) {
   const int64_t head = min(n, round_up(begin, kTileCols) - begin), groups = (n - head) / kTileCols;
   const int64_t tail = n - head - groups * kTileCols;
   if (head > 0) decode_part(w, begin, head, out);
-  decode_groups(w, begin + head, groups, out + head, kTileCols);
+  decode_groups(GroupDecoder(w.four_bit), begin + head, groups, out + head, kTileCols);
   if (tail > 0) decode_part(w, begin + n - tail, tail, out + n - tail);
 }
 
-// The `n` values of `row` as cells, the last one padded with zero.
+// The elements (row, k) with row0 <= row < row0 + rows and k0 <= k < k0 + cols of the weight, and the flat
+// elements from `next` on, as many to a row, which will be wanted soon.
+struct Stretch {
+  int64_t row0, rows, k0, cols, next;
+};
+
+// Whether the rows of a stretch are whole groups.
+inline bool in_groups(const Weight& w, const Stretch& at) {
+  return !is_dense(w) && w.K % kTileCols == 0 && at.cols % kTileCols == 0;
+}
+
+// src[begin:begin+n] as cells, the last one padded with zero.
 inline void to_cells(Single, Operand src, int64_t begin, int64_t n, float* cells) {
   to_float(src, begin, n, cells);
 }
 
-// cells[0:] = flat elements [begin, begin + n) of the weight, n at most kSteps cells.
-inline void decode_along(Single, const Weight& w, int64_t begin, int64_t n, float* cells) {
-  decode(w, begin, n, cells);
+// Each row of the stretch as cells along it, to out, out + kPanelRow, ...
+inline void decode_along(Single, const Weight& w, const Stretch& at, float* out) {
+  const GroupDecoder group(w.four_bit);
+  const bool whole = in_groups(w, at);
+  for (int64_t i = 0; i < at.rows; ++i, out += kPanelRow) {
+    const int64_t begin = (at.row0 + i) * w.K + at.k0;
+    prefetch(w, at.next + i * w.K, at.cols);
+    if (whole)
+      decode_groups(group, begin, at.cols / kTileCols, out, kTileCols);
+    else
+      decode(w, begin, at.cols, out);
+  }
 }
 
-// Row p of `panel` = the weight's elements (row, k0 .. k0 + panel.cols).
-inline void pack_across(Single, const Weight& w, int64_t row, int64_t k0, PackedB panel, int64_t p) {
-  const int64_t begin = row * w.K + k0, whole = panel.cols / kTileCols;
-  if (!is_dense(w) && begin % kTileCols == 0 && whole * kTileCols == panel.cols) {
-    decode_groups(w, begin, whole, panel.row(0, p), kTileCols * panel.depth);
-    return;
+// Row p of `panel` = row p of the stretch.
+inline void pack_across(Single, const Weight& w, const Stretch& at, PackedB panel) {
+  const GroupDecoder group(w.four_bit);
+  const bool whole = in_groups(w, at);
+  for (int64_t p = 0; p < at.rows; ++p) {
+    const int64_t begin = (at.row0 + p) * w.K + at.k0;
+    prefetch(w, at.next + p * w.K, at.cols);
+    if (whole) {
+      decode_groups(group, begin, at.cols / kTileCols, panel.row(0, p), kTileCols * panel.depth);
+      continue;
+    }
+    float values[kSteps];
+    decode(w, begin, at.cols, values);
+    pack_row(panel, p,
+             [&](int64_t j, int64_t n, float* out) { std::memcpy(out, values + j, n * sizeof(float)); });
   }
-  float values[kSteps];
-  decode(w, begin, panel.cols, values);
-  pack_row(panel, p,
-           [&](int64_t j, int64_t n, float* out) { std::memcpy(out, values + j, n * sizeof(float)); });
 }
 
 #ifdef PEFT_FAST_PAIRS
 
-// `src` is bf16.
+// `src` is bf16, or fp32 that is rounded to it.
 inline void to_cells(Pair, Operand src, int64_t begin, int64_t n, float* cells) {
   if (n % 2 != 0) cells[n / 2] = 0.0f;
-  std::memcpy(cells, static_cast<const BF16*>(src.data) + begin, n * sizeof(BF16));
+  if (src.dtype == DType::kBFloat16)
+    std::memcpy(cells, static_cast<const BF16*>(src.data) + begin, n * sizeof(BF16));
+  else
+    from_float(static_cast<const float*>(src.data) + begin, n, {cells, DType::kBFloat16}, 0);
 }
 
-inline void decode_along(Pair, const Weight& w, int64_t begin, int64_t n, float* cells) {
-  int64_t done = 0;
-  if (!is_dense(w) && begin % kTileCols == 0) {
-    const GroupDecoder group(w.four_bit);
+inline void decode_along(Pair, const Weight& w, const Stretch& at, float* out) {
+  const GroupDecoder group(w.four_bit);
+  const bool whole = in_groups(w, at);
+  for (int64_t i = 0; i < at.rows; ++i, out += kPanelRow) {
+    const int64_t begin = (at.row0 + i) * w.K + at.k0;
+    prefetch(w, at.next + i * w.K, at.cols);
+    if (!whole) {
+      float values[2 * kSteps];
+      decode(w, begin, at.cols, values);
+      to_cells(Pair(), {values, DType::kFloat32}, 0, at.cols, out);
+      continue;
+    }
     PairTable table{};
-    for (; done + kTileCols <= n; done += kTileCols) {
-      const int64_t i = begin + done;
-      if (done == 0 || group.starts_block(i)) table = load_pair_table(group.table(i));
-      store(cells + (done >> 1), lookup_along(group.bytes(i), table));
+    for (int64_t k = 0; k < at.cols; k += kTileCols) {
+      if (k == 0 || group.starts_block(begin + k)) {
+        const Table values = group.table(begin + k);
+        table = load_pair_table(values, values);
+      }
+      store(out + k / 2, lookup_along(group.bytes(begin + k), table));
     }
   }
-  if (done == n) return;
-  float values[2 * kSteps];
-  decode(w, begin + done, n - done, values);
-  if (n % 2 != 0) cells[n / 2] = 0.0f;
-  from_float(values, n - done, {cells + done / 2, DType::kBFloat16}, 0);
 }
 
-// Row p of `panel` = cells of the weight's elements (row, k) and (row + 1, k), k from k0 on; past the last
-// row there is zero.
-inline void pack_across(Pair, const Weight& w, int64_t row, int64_t k0, PackedB panel, int64_t p) {
-  const int64_t upper = row * w.K + k0, lower = upper + w.K;
-  const bool has_lower = row + 1 < w.N;
-  if (!is_dense(w) && w.K % kTileCols == 0 && has_lower) {
-    const GroupDecoder group(w.four_bit);
-    PairTable upper_table{}, lower_table{};
-    for (int64_t k = 0; k < panel.cols; k += kTileCols) {
-      if (k == 0 || group.starts_block(upper + k)) upper_table = load_pair_table(group.table(upper + k));
-      if (k == 0 || group.starts_block(lower + k)) lower_table = load_pair_table(group.table(lower + k));
+// Row p of `panel` = cells of rows 2p and 2p + 1 of the stretch; past its last row there is zero.
+inline void pack_across(Pair, const Weight& w, const Stretch& at, PackedB panel) {
+  const GroupDecoder group(w.four_bit);
+  const bool whole = in_groups(w, at);
+  for (int64_t p = 0; p < panel.depth; ++p) {
+    const int64_t upper = (at.row0 + 2 * p) * w.K + at.k0, lower = upper + w.K;
+    const bool has_lower = 2 * p + 1 < at.rows;
+    prefetch(w, at.next + 2 * p * w.K, at.cols);
+    prefetch(w, at.next + (2 * p + 1) * w.K, at.cols);
+    if (!whole || !has_lower) {
+      float values[2][kSteps] = {}, cells[kSteps];
+      decode(w, upper, at.cols, values[0]);
+      if (has_lower) decode(w, lower, at.cols, values[1]);
+      for (int64_t k = 0; k < at.cols; k += kLanes) {
+        const Bits low = bfloat16_bits(load(values[0] + k)), high = bfloat16_bits(load(values[1] + k));
+        store(cells + k, (V)(low | high << 16));
+      }
+      pack_row(panel, p,
+               [&](int64_t j, int64_t n, float* out) { std::memcpy(out, cells + j, n * sizeof(float)); });
+      continue;
+    }
+    PairTable table{};
+    float* out = panel.row(0, p);
+    for (int64_t k = 0; k < at.cols; k += kTileCols, out += kTileCols * panel.depth) {
+      if (k == 0 || group.starts_block(upper + k) || group.starts_block(lower + k))
+        table = load_pair_table(group.table(upper + k), group.table(lower + k));
       V first, second;
-      lookup_across(group.bytes(upper + k), upper_table, group.bytes(lower + k), lower_table, first, second);
-      float* const out = panel.row(k, p);
+      lookup_across(group.bytes(upper + k), group.bytes(lower + k), table, first, second);
       store(out, first);
       store(out + kLanes, second);
     }
-    return;
   }
-  float upper_values[kSteps] = {}, lower_values[kSteps] = {}, cells[kSteps];
-  decode(w, upper, panel.cols, upper_values);
-  if (has_lower) decode(w, lower, panel.cols, lower_values);
-  for (int64_t k = 0; k < panel.cols; k += kLanes) {
-    const Bits low = bfloat16_bits(load(upper_values + k)), high = bfloat16_bits(load(lower_values + k));
-    store(cells + k, (V)(low | high << 16));
-  }
-  pack_row(panel, p,
-           [&](int64_t j, int64_t n, float* out) { std::memcpy(out, cells + j, n * sizeof(float)); });
 }
 
 #endif

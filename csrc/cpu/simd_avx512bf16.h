@@ -11,49 +11,55 @@ namespace peft_fast::PEFT_FAST_LEVEL {
 inline V dot_pairs(V a, V b, V sum) {
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
+// The same with one cell for every lane. GCC would load it on its own, one instruction for each product.
+inline V dot_pairs(const float* a, V b, V sum) {
+  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*a));
+  return sum;
+}
 
-// The sixteen values of a table rounded to bf16, twice over: vpermw reads five bits of an index.
+// The sixteen values of two tables rounded to bf16, `low` first: an index of vpermw has five bits.
 using PairTable = __m512i;
-inline PairTable load_pair_table(Table table) {
-  return _mm512_maskz_broadcast_i64x4(0xFF, (__m256i)_mm512_cvtneps_pbh(table));
+inline PairTable load_pair_table(Table low, Table high) {
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-// The 32 nibbles of bytes[16] in element order, with noise in the upper four bits of each byte.
-inline void nibbles(const uint8_t* bytes, __m128i& first, __m128i& second) {
-  const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
-  const __m128i high = _mm_srli_epi16(low, 4);
-  first = _mm_unpacklo_epi8(high, low);
-  second = _mm_unpackhi_epi8(high, low);
+// Sixteen cells of bytes[16]: the first byte of a cell from `low`, the third from `high`, the others zero.
+// Cell j takes byte j / step of either.
+inline __m512i spread(__m128i bytes, __m512i order) {
+  return _mm512_shuffle_epi8(_mm512_maskz_broadcast_i32x4(kAll, bytes), order);
 }
 
-inline __m512i words(__m128i first, __m128i second) {
-  return _mm512_cvtepu8_epi16(_mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1));
-}
-
-// Looks up the 32 nibbles of bytes[16]: sixteen cells of neighbours in a row.
+// Looks up the 32 nibbles of bytes[16]: sixteen cells of neighbours in a row. Both halves of `table` are the
+// same.
 inline V lookup_along(const uint8_t* bytes, PairTable table) {
-  __m128i first, second;
-  nibbles(bytes, first, second);
-  return (V)_mm512_permutexvar_epi16(words(first, second), table);
+  // Cell j: byte j twice, the first one shifted to its upper nibble. The noise left in bit 4 chooses a half.
+  const __m512i order =
+      _mm512_add_epi8(_mm512_set4_epi32((int)0x80038003, (int)0x80028002, (int)0x80018001, (int)0x80008000),
+                      _mm512_set_epi64(0x000C000C000C000C, 0x000C000C000C000C, 0x0008000800080008,
+                                       0x0008000800080008, 0x0004000400040004, 0x0004000400040004, 0, 0));
+  const __m512i cells = spread(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)), order);
+  return (V)_mm512_permutexvar_epi16(_mm512_srlv_epi16(cells, _mm512_set1_epi32(4)), table);
 }
 
 // Looks up the 32 nibbles of each of two rows: cell j of (first, second) holds column j of the upper row,
-// then of the lower row.
-inline void lookup_across(const uint8_t* upper, PairTable upper_table, const uint8_t* lower,
-                          PairTable lower_table, V& first, V& second) {
-  const __m128i low_four = _mm_set1_epi8(0x0F), lower_bit = _mm_set1_epi8(0x20);
-  __m128i u[2], l[2];
-  nibbles(upper, u[0], u[1]);
-  nibbles(lower, l[0], l[1]);
-  V* const out[2] = {&first, &second};
-  for (int half = 0; half < 2; ++half) {
-    // vpermt2w reads six bits: bit 5 chooses the table.
-    const __m128i from_upper = _mm_and_si128(u[half], low_four);
-    const __m128i from_lower = _mm_or_si128(_mm_and_si128(l[half], low_four), lower_bit);
-    const __m512i index =
-        words(_mm_unpacklo_epi8(from_upper, from_lower), _mm_unpackhi_epi8(from_upper, from_lower));
-    *out[half] = (V)_mm512_permutex2var_epi16(upper_table, index, lower_table);
-  }
+// then of the lower row. The halves of `table` are theirs.
+inline void lookup_across(const uint8_t* upper, const uint8_t* lower, PairTable table, V& first, V& second) {
+  const __m128i u = _mm_loadu_si128(reinterpret_cast<const __m128i*>(upper));
+  const __m128i l = _mm_loadu_si128(reinterpret_cast<const __m128i*>(lower));
+  // Cells 2j and 2j + 1: byte j of the upper row, then of the lower one, which follows eight bytes later.
+  const __m512i order =
+      _mm512_add_epi8(_mm512_set4_epi32((int)0x80098001, (int)0x80098001, (int)0x80088000, (int)0x80088000),
+                      _mm512_set_epi64(0x0006000600060006, 0x0006000600060006, 0x0004000400040004,
+                                       0x0004000400040004, 0x0002000200020002, 0x0002000200020002, 0, 0));
+  const __m512i shift = _mm512_set1_epi64(0x0000000000040004);
+  const __m512i four_bits = _mm512_set1_epi16(0x0F), row_bit = _mm512_set1_epi32(0x100000);
+  const auto look_up = [&](__m128i bytes) {
+    const __m512i nibbles = _mm512_srlv_epi16(spread(bytes, order), shift);
+    const __m512i index = _mm512_ternarylogic_epi32(nibbles, four_bits, row_bit, 0xEA);  // a & b | c
+    return (V)_mm512_permutexvar_epi16(index, table);
+  };
+  first = look_up(_mm_unpacklo_epi64(u, l));
+  second = look_up(_mm_unpackhi_epi64(u, l));
 }
 
 }  // namespace peft_fast::PEFT_FAST_LEVEL

@@ -1,6 +1,4 @@
-// How an op is carried out for a shape: one row of measured choices for each level.
-//
-// `bench/cpu_strategies.py` measures what the rows state.
+// How an op is carried out for a shape: one row of measured choices for each level, in strategy.cpp.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +7,13 @@ namespace peft_fast {
 
 enum class Level { kScalar, kAvx2, kAvx512, kAvx512Bf16 };
 
+constexpr int64_t kMostFewRows = 4;
+constexpr int64_t kWidestBlock = 256;
+
 struct Strategy {
-  // Up to so many tokens no panel is formed: each weight is decoded in registers, and used for every token.
-  int64_t few_rows;
+  // Up to so many tokens the forward forms no panel: each weight is decoded in registers, and used for every
+  // token. The second one where a panel would hold pairs of bf16, which are multiplied at twice the rate.
+  int64_t few_rows, few_rows_of_pairs;
   // Rows of the weight in a forward panel; the panel and its results stay in L2.
   int64_t out_block;
   // Columns of the weight in a dX panel, for a weight of up to `narrow` columns and for wider ones. Narrow
@@ -22,11 +24,8 @@ struct Strategy {
   int64_t superblock;
 };
 
-constexpr Strategy kStrategies[] = {
-    /* scalar     */ {4, 48, 1024, 64, 128, 512},
-    /* avx2       */ {4, 48, 1024, 64, 128, 512},
-    /* avx512     */ {4, 48, 1024, 64, 128, 512},
-    /* avx512bf16 */ {4, 48, 1024, 64, 128, 512},
-};
+// The row of a level. The environment variable PEFT_FAST_CPU_STRATEGY, the seven numbers in their order,
+// replaces every row, to measure others: bench/cpu_strategies.py.
+const Strategy& strategy(Level level);
 
 }  // namespace peft_fast
