@@ -94,8 +94,7 @@ def dora_linear(
     writing Y in place before the backward pass raises.
 
     An element of c nearer to 0 than 2⁻¹⁰⁰ (float16: 2⁻²⁰) counts as that, since Y/c is what the gradient of
-    magnitude is made of. That gradient has the precision with which Y, in the dtype of x, tells Y − bias:
-    none where |c·(X·Ŵᵀ + …)| is below the last place of the bias.
+    magnitude is made of. For the same reason the bias is then added after the op, not inside it.
 
     Args:
         x: activations [..., K], float32, float16 or bfloat16.
@@ -140,7 +139,11 @@ def dora_linear(
     if not dropping or dropout == "paper":
         mask = torch.ops.peft_fast.dropout_mask(x, dropout_p) if dropping else None
         p = dropout_p if dropping else 0.0
-        return autograd.lora_linear(x, weight, bias, lora_A, lora_B, mask, scale, scaling, p, backend)
+        # Y/c is precise only without the bias.
+        after = bias if torch.is_grad_enabled() and scale.requires_grad else None
+        inside = bias if after is None else None
+        y = autograd.lora_linear(x, weight, inside, lora_A, lora_B, mask, scale, scaling, p, backend)
+        return y if after is None else (y + after).to(x.dtype)
     dropped = F.dropout(x, dropout_p)
     adapted = autograd.lora_linear(dropped, weight, None, lora_A, lora_B, None, scale, scaling, 0.0, backend)
     no_A, no_B = x.new_empty(0, weight.in_features), x.new_empty(weight.out_features, 0)

@@ -59,8 +59,8 @@ def pack_mask(keep: Tensor) -> Tensor:
 class Level:
     """One instruction-set level as a backend; "" is the best one of this machine.
 
-    With `batch_invariant`, the bits of a row of Y and dX depend neither on other rows nor on their number.
-    Else calls with few rows take a faster way, which sums in another order.
+    The bits of a row of dX depend neither on the other rows nor on their number; with `batch_invariant` those
+    of Y and Z do not either. Else a forward of few rows takes a faster way, which sums in another order.
     """
 
     def __init__(self, level: str = "", batch_invariant: bool = False) -> None:
@@ -68,9 +68,8 @@ class Level:
         self.batch_invariant = batch_invariant
 
     @functools.cached_property
-    def _how(self) -> tuple[str, bool]:
-        """The last arguments of the C++ ops."""
-        return self.level or levels()[0], self.batch_invariant
+    def _level(self) -> str:
+        return self.level or levels()[0]
 
     def unavailable(self, format: str, device: str, dtype: torch.dtype) -> str | None:
         if device != "cpu":
@@ -96,8 +95,9 @@ class Level:
         dropout_p: float,
     ) -> tuple[Tensor, Tensor]:
         return torch.ops.peft_fast_cpu.lora_linear(
-            x, *weight, bias, lora_A, lora_B, dropout_mask, out_scale, scaling, dropout_p, *self._how
-        )
+            x, *weight, bias, lora_A, lora_B, dropout_mask, out_scale, scaling, dropout_p,
+            self._level, self.batch_invariant,
+        )  # fmt: skip
 
     def lora_linear_backward(
         self,
@@ -117,9 +117,9 @@ class Level:
     ) -> Gradients:
         grads = torch.ops.peft_fast_cpu.lora_linear_backward(
             grad, x, *weight, lora_A, lora_B, z, dropout_mask, out_scale, bias, y, scaling, dropout_p, *needs,
-            *self._how,
+            self._level,
         )  # fmt: skip
         return Gradients(*(g if needed else None for g, needed in zip(grads, needs, strict=True)))
 
     def dequantize(self, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-        return torch.ops.peft_fast_cpu.dequantize(*weight, dtype, self._how[0])
+        return torch.ops.peft_fast_cpu.dequantize(*weight, dtype, self._level)

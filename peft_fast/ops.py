@@ -79,9 +79,9 @@ def _triton_unavailable(format: str, device: str, dtype: torch.dtype) -> str | N
     return _triton_import_error()
 
 
-def _native(level: str) -> Backend:
-    backend = native.Level(level)
-    return Backend(lambda: backend, backend.unavailable, automatic=level == "")
+def _native(level: str, batch_invariant: bool = False) -> Backend:
+    backend = native.Level(level, batch_invariant)
+    return Backend(lambda: backend, backend.unavailable, automatic=not level and not batch_invariant)
 
 
 # In order of preference; `reference` is last and runs everything.
@@ -89,6 +89,7 @@ BACKENDS: dict[str, Backend] = {
     "cpu": _native(""),
     "triton": Backend(_load_triton, _triton_unavailable),
     **{f"cpu-{level}": _native(level) for level in native.LEVELS},
+    "cpu-batch-invariant": _native("", batch_invariant=True),
     "reference": Backend(lambda: reference, lambda format, device, dtype: None),
 }
 

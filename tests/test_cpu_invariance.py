@@ -55,6 +55,14 @@ def test_rows_do_not_depend_on_the_batch(level_name, dtype, dropout_p):
         assert torch.equal(bits(part_of(case, slice(5, 6)).results(fast)["dX"]), bits(whole["dX"][5:6]))
 
 
+@pytest.mark.parametrize("M", [1, 2, 4])
+def test_few_rows_against_fp64(level_name, M):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        Case(M, random_weight(70, 96), 9, dtype, dropout_p=0.3).check(
+            native.Level(level_name, batch_invariant=True)
+        )
+
+
 def test_the_fast_way_sums_in_another_order():
     case = Case(1, random_weight(300, 512), 4)
     fast, invariant = (case.results(native.Level(batch_invariant=b)) for b in (False, True))
