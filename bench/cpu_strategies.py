@@ -31,9 +31,9 @@ CANDIDATES = {
     "few_rows": (0, 1, 2, 3, 4),
     "few_rows_of_pairs": (0, 1, 2, 3, 4),
     "out_block": (24, 48, 96),
-    "narrow_block": (32, 64, 128),
-    "wide_block": (64, 128, 256),
-    "superblock": (256, 512, 1024),
+    "narrow_block": (32, 64, 96, 128, 192),
+    "wide_block": (64, 128, 192, 256),
+    "superblock": (128, 256, 512, 1024),
 }
 TABLE = Path(__file__).parent.parent / "csrc" / "cpu" / "strategy.cpp"
 
@@ -56,7 +56,7 @@ def candidates(row: tuple[int, ...], fields: list[str]) -> dict[str, tuple[int, 
     return changed
 
 
-def serve(level: str, dtype_name: str, N: int, K: int, rows: list[int]) -> None:
+def serve(level: str, dtype_name: str, threads: int, N: int, K: int, rows: list[int]) -> None:
     """Answers each number i on stdin with the milliseconds of one forward + backward of rows[i]."""
     import torch
 
@@ -65,6 +65,7 @@ def serve(level: str, dtype_name: str, N: int, K: int, rows: list[int]) -> None:
     from peft_fast.reference import Needs
 
     torch.manual_seed(0)
+    torch.set_num_threads(threads)
     dtype, blocks, R = getattr(torch, dtype_name), N * K // 64, 16
     weight = QuantizedWeight(
         torch.randint(0, 256, (N * K // 2,), dtype=torch.uint8),
@@ -121,18 +122,23 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), metavar=("K", "N"))
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 3, 4, 16, 128, 512], metavar="M")
     parser.add_argument("--fields", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
+    parser.add_argument("--threads", type=int, default=1, help="idle threads of other candidates disturb")
     parser.add_argument("--turns", type=int, default=9, help="timings of each candidate and number of rows")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     K, N = args.shape
     if args.serve:
-        return serve(args.level, args.dtype, N, K, args.rows)
-    arguments = ["--level", args.level, "--dtype", args.dtype, "--shape", str(K), str(N), "--rows"]
+        return serve(args.level, args.dtype, args.threads, N, K, args.rows)
+    arguments = ["--level", args.level, "--dtype", args.dtype, "--threads", str(args.threads)]
+    arguments += ["--shape", str(K), str(N), "--rows"]
     arguments += map(str, args.rows)
     workers = {
         name: worker(row, arguments) for name, row in candidates(row_of(args.level), args.fields).items()
     }
-    print(f"{args.level}, {args.dtype}, K={K} N={N}: time relative to the row as it is (its ms first)")
+    print(
+        f"{args.level}, {args.dtype}, K={K} N={N}, threads={args.threads}: "
+        "time relative to the row as it is (its ms first)"
+    )
     print(f"{'':24}" + "".join(f"{f'M={M}':>10}" for M in args.rows))
     times: dict[str, list[list[float]]] = {name: [[] for _ in args.rows] for name in workers}
     for _ in range(args.turns):

@@ -65,8 +65,9 @@ inline void stage_grad(const Gradients& wanted, const Tokens& tokens, int64_t m,
   float bias_sums[kThin] = {}, scale_sums[kThin] = {}, bias[kThin] = {}, y[kThin];
   if (b.bias.data != nullptr) to_float(b.bias, n0, n, bias);
   for (int64_t t = 0; t < count; ++t) {
-    const int64_t at = (first + t) * b.weight.N + n0;
+    const int64_t N = b.weight.N, at = (first + t) * N + n0;
     float* const grad = out + t * row;
+    prefetch(b.grad, at + kAhead * N, n, b.M * N);
     to_float(b.grad, at, n, grad);
     if (b.dbias != nullptr)
       for (int64_t i = 0; i < n; ++i) bias_sums[i] += grad[i];
@@ -134,6 +135,7 @@ inline void add_grad_A(const Gradients& wanted, const Tokens& tokens, int64_t k0
     const PackedB x_packed{scratch, min(kSteps, tokens.rows - m), cols};
     for (int64_t t = 0; t < x_packed.depth; ++t) {
       const int64_t token = tokens.m0 + m + t;
+      prefetch(b.x, (token + kAhead) * K + k0, cols, b.M * K);
       to_float(b.x, token * K + k0, cols, row);
       if (b.dropout.mask != nullptr) drop(b.dropout, K, token, k0, cols, row);
       pack_row(x_packed, t,

@@ -42,8 +42,11 @@ inline void read_input(const Forward& f, int64_t m0, int64_t rows, PackedB x_pac
         pack_lora_A_transposed(f, k0, n, a_packed, staging);
         for (int64_t m = first; m < last; m += kTokens) {
           const int64_t tokens = min(kTokens, last - m);
-          for (int64_t t = 0; t < tokens; ++t)
-            to_cells(Cell(), f.x, (m0 + m + t) * K + k0, n, cells + t * cell_row);
+          for (int64_t t = 0; t < tokens; ++t) {
+            const int64_t at = (m0 + m + t) * K + k0;
+            prefetch(f.x, at + kAhead * K, n, f.M * K);
+            to_cells(Cell(), f.x, at, n, cells + t * cell_row);
+          }
           std::memset(cells + tokens * cell_row, 0,
                       (round_up(tokens, kTileCols) - tokens) * cell_row * sizeof(float));
           for (int64_t j = m; j < m + tokens; j += kTileCols)

@@ -17,6 +17,7 @@ constexpr int64_t kMaxPacked = 4 << 20;  // cells of a packed superblock
 constexpr int64_t kPad = 16;             // keeps rows of scratch off the same cache sets
 constexpr int64_t kThin = 64;            // columns that are staged at once
 constexpr int64_t kTokens = 96;          // tokens that are staged at once
+constexpr int64_t kAhead = 16;           // tokens from one that is staged to the one that is asked for
 
 // How this level carries an op out.
 inline const Strategy& how() {

@@ -32,14 +32,20 @@ class GroupDecoder {
   const Table code_;
 };
 
-// Asks for flat elements [begin, begin + n) to be brought near, as far as they exist. Panels walk down
-// columns of the packed matrix, which the hardware does not foresee. Always inlined: GCC takes a function
-// that only prefetches for one without effect, and drops the call.
+// Asks for elements [begin, begin + n) of an array to be brought near, as far as they lie before `end`.
+// Blocks are read down columns of a matrix, which the hardware does not foresee. Always inlined: GCC takes a
+// function that only prefetches for one without effect, and drops the call.
+PEFT_FAST_INLINE void prefetch(const void* data, int64_t bits, int64_t begin, int64_t n, int64_t end) {
+  const int64_t stop = min(begin + n, end) * bits / 8;
+  for (int64_t byte = begin * bits / 8; byte < stop; byte += 64)
+    __builtin_prefetch(static_cast<const char*>(data) + byte);
+}
+PEFT_FAST_INLINE void prefetch(Operand src, int64_t begin, int64_t n, int64_t end) {
+  prefetch(src.data, src.dtype == DType::kFloat32 ? 32 : 16, begin, n, end);
+}
 PEFT_FAST_INLINE void prefetch(const Weight& w, int64_t begin, int64_t n) {
-  const int64_t end = min(begin + n, w.N * w.K);
-  const char* data = static_cast<const char*>(is_dense(w) ? w.dense.data : w.four_bit.packed);
-  const int64_t bits = !is_dense(w) ? 4 : w.dense.dtype == DType::kFloat32 ? 32 : 16;
-  for (int64_t byte = begin * bits / 8; byte < end * bits / 8; byte += 64) __builtin_prefetch(data + byte);
+  if (is_dense(w)) return prefetch(w.dense, begin, n, w.N * w.K);
+  prefetch(w.four_bit.packed, 4, begin, n, w.N * w.K);
 }
 
 // The exact fp32 values of `count` whole groups from flat element i on, to out, out + stride, ...
