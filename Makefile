@@ -54,11 +54,10 @@ bench: install
 gpu:
 	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(GPU_PYTHON) -m peft_fast.cli info --self-test
-	$(GPU_PYTHON) -m pytest -q tests/test_ops.py tests/test_formats.py tests/test_modules.py tests/test_triton.py
-	for shape in "4096 4096" "14336 4096" "4096 14336"; do \
-	  $(GPU_PYTHON) bench/lora_linear.py --device cuda --dtype bfloat16 --shape $$shape \
-	    --rows 1 16 128 512 2048 8192 --csv $(OUT)/lora_linear.csv || exit 1; \
-	done
+	$(GPU_PYTHON) -m pytest -q tests/test_ops.py tests/test_out_scale.py tests/test_formats.py tests/test_modules.py \
+	  tests/test_dora.py tests/test_triton.py
+	$(GPU_PYTHON) bench/lora_linear.py --device cuda --dtype bfloat16 --rows 1 16 128 512 2048 8192 \
+	  --csv $(OUT)/lora_linear.csv
 
 aot: install
 	$(BIN)/python bench/aot.py --check $(ARGS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,9 +52,15 @@ def levels() -> tuple[str, ...]:
     return tuple(level for level in allowed if torch.ops.peft_fast_cpu.level_available(level))
 
 
+@functools.cache
+def _op(name: str) -> Any:
+    """An op of the library; naming the overload spares its resolution, a third of the cost of a call."""
+    return getattr(torch.ops.peft_fast_cpu, name).default
+
+
 def pack_mask(keep: Tensor) -> Tensor:
     """As `reference.pack_mask`, on the CPU."""
-    return torch.ops.peft_fast_cpu.pack_mask(keep)
+    return _op("pack_mask")(keep)
 
 
 class Level:
@@ -94,7 +101,7 @@ class Level:
         scaling: float,
         dropout_p: float,
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.peft_fast_cpu.lora_linear(
+        return _op("lora_linear")(
             x, *weight, bias, lora_A, lora_B, dropout_mask, out_scale, scaling, dropout_p,
             self._level, self.batch_invariant,
         )  # fmt: skip
@@ -115,11 +122,11 @@ class Level:
         dropout_p: float,
         needs: Needs,
     ) -> Gradients:
-        grads = torch.ops.peft_fast_cpu.lora_linear_backward(
+        grads = _op("lora_linear_backward")(
             grad, x, *weight, lora_A, lora_B, z, dropout_mask, out_scale, bias, y, scaling, dropout_p, *needs,
             self._level,
         )  # fmt: skip
         return Gradients(*(g if needed else None for g, needed in zip(grads, needs, strict=True)))
 
     def dequantize(self, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-        return torch.ops.peft_fast_cpu.dequantize(*weight, dtype, self._level)
+        return _op("dequantize")(*weight, dtype, self._level)
