@@ -18,6 +18,7 @@ _HOME = {
     "QuantizedWeight": "formats",
     "from_bitsandbytes": "formats",
     "from_dense": "formats",
+    "DoRALinear": "modules",
     "LoRALinear": "modules",
     "dora_linear": "functional",
     "lora_linear": "functional",
@@ -27,6 +28,7 @@ _HOME = {
 }
 __all__ = [
     "BackendUnavailable",
+    "DoRALinear",
     "LoRALinear",
     "QuantizedWeight",
     "UnsupportedLayer",
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from .errors import BackendUnavailable, UnsupportedLayer, UnsupportedWeight
     from .formats import QuantizedWeight, from_bitsandbytes, from_dense
     from .functional import dora_linear, lora_linear
-    from .modules import LoRALinear
+    from .modules import DoRALinear, LoRALinear
 
 
 def __getattr__(name: str) -> Any:

@@ -103,6 +103,7 @@ def add_adapter(config: TrainConfig, base: Any, task_type: str) -> Any:
         r=config.r,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT's annotation is narrower than its arithmetic
         lora_dropout=config.dropout,
+        use_dora=config.method == "dora",
         target_modules=targets if targets == "all-linear" else [t.strip() for t in targets.split(",")],
     )
     model = get_peft_model(base, lora)

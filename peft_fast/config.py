@@ -60,7 +60,7 @@ class TrainConfig:
         "Dtype of the frozen model; bf16 and fp16 train in autocast.",
         choices=("fp32", "bf16", "fp16"),
     )
-    method: str = option("lora", "Adapter to train.", choices=("lora",))
+    method: str = option("lora", "Adapter to train.", choices=("lora", "dora"))
     r: int = option(8, "Rank of the adapter.", minimum=1)
     alpha: float = option(16.0, "The adapter's output is scaled by alpha / r.", above=0)
     dropout: float = option(0.0, "Dropout on the adapter's input.", minimum=0, maximum=1)

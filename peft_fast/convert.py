@@ -17,14 +17,20 @@ from torch import nn
 from . import ops
 from .errors import BackendUnavailable, UnsupportedLayer, UnsupportedWeight
 from .formats import QuantizedWeight, from_linear
-from .modules import LoRALinear, check_base, is_linear4bit, protect_from_repacking, warn_slow_compute_dtype
-from .peft_layers import FUSED, STOCK, base_reason, choose
+from .modules import (
+    DoRALinear,
+    LowRankLinear,
+    check_base,
+    is_linear4bit,
+    protect_from_repacking,
+    warn_slow_compute_dtype,
+)
+from .norm_cache import NormCache
+from .peft_layers import FUSED, METHODS, STOCK, base_reason, choose, method, method_reason
 from .weight_reads import reads_weight
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-METHODS = ("lora",)
 
 # bitsandbytes' switch for repacking a Linear4bit in place, and where its former value is kept for `restore`.
 _REPACKS = "support_avx512bf16_for_cpu"
@@ -32,9 +38,10 @@ _REPACKED_BEFORE = "_peft_fast_repacked_before"
 
 
 class Row(NamedTuple):
-    """One LoRA layer: the backend that runs it, or the reason why it is left to PEFT."""
+    """One LoRA layer: its methods and the backend that runs them, or the reason why it is left to PEFT."""
 
     name: str
+    method: str | None
     backend: str | None
     reason: str | None
 
@@ -44,7 +51,7 @@ class Row(NamedTuple):
 
     @property
     def detail(self) -> str:
-        return self.backend or self.reason or ""
+        return f"{self.method} on {self.backend}" if self.reason is None else self.reason
 
 
 class Report:
@@ -79,7 +86,7 @@ class Report:
     def __rich__(self) -> Table:
         from rich.table import Table
 
-        table = Table("layer", "status", "backend or reason", title=self.title)
+        table = Table("layer", "status", "method and backend, or reason", title=self.title)
         for row in self.rows:
             table.add_row(row.name, row.status, row.detail, style=None if row.reason is None else "yellow")
         return table
@@ -96,12 +103,13 @@ def accelerate(
 
     Args:
         model: a `PeftModel`, or any module that contains PEFT's layers.
-        methods: which methods to swap, of `METHODS`.
+        methods: which adapters run in the fused op: "lora", "dora" or both; others run in PEFT's forward,
+            and layers with no other ones are left.
         strict: raise unless there is a LoRA layer and every one can be swapped.
         backend: "auto" or a name of `ops.BACKENDS`, for every layer.
 
     Returns:
-        The report: each LoRA layer with the backend that runs it, or the reason why it was left.
+        The report: each LoRA layer with its methods and backend, or the reason why it was left.
 
     Raises:
         UnsupportedLayer: with `strict`; the message holds every reason, and nothing was changed.
@@ -116,20 +124,25 @@ def accelerate(
     rows = []
     for name, module in modules.items():
         if isinstance(module, LoraLayer):
-            reason = _swap_reason(module) or _reader_reason(name, modules)
-            resolved = _resolve(module.base_layer, backend) if reason is None else None
-            rows.append(Row(name, resolved, reason))
+            reason = _swap_reason(module, methods) or _reader_reason(name, modules)
+            if reason is not None:
+                rows.append(Row(name, None, None, reason))
+            else:
+                carried = ", ".join(_methods(module, methods)) or "no adapter"
+                rows.append(Row(name, carried, _resolve(module.base_layer, backend), None))
     report = Report(rows)
     if strict and (report.left or not report.fused):
         raise UnsupportedLayer(f"model: expected only LoRA layers that can be fused, got {report}")
     if not report.fused:
         warnings.warn(f"accelerate: {report}", stacklevel=2)
+    for row in report.left:
+        _restore_layer(modules[row.name])
     for row in report.fused:
         layer: Any = modules[row.name]
         if is_linear4bit(layer.base_layer):
             warn_slow_compute_dtype(layer.base_layer, layer.base_layer.weight.quant_state.dtype)
         layer.__class__ = FUSED.get(type(layer), type(layer))
-        layer.backend = backend
+        layer.backend, layer.methods, layer.norms = backend, tuple(methods), NormCache()
     if report.fused:
         _protect_from_repacking(modules.values())
     return report
@@ -139,13 +152,18 @@ def restore(model: nn.Module) -> int:
     """Undoes `accelerate`: every layer gets PEFT's class back. Returns how many layers were fused."""
     count = 0
     for module in model.modules():
-        if type(module) in STOCK:
-            module.__class__ = STOCK[type(module)]
-            del module.backend
-            count += 1
+        count += _restore_layer(module)
         if module.__dict__.pop(_REPACKED_BEFORE, False):
             setattr(module, _REPACKS, True)
     return count
+
+
+def _restore_layer(layer: Any) -> bool:
+    if type(layer) not in STOCK:
+        return False
+    layer.__class__ = STOCK[type(layer)]
+    del layer.backend, layer.methods, layer.norms
+    return True
 
 
 def _protect_from_repacking(modules: Iterable[nn.Module]) -> None:
@@ -156,7 +174,7 @@ def _protect_from_repacking(modules: Iterable[nn.Module]) -> None:
             protect_from_repacking(module)
 
 
-def _swap_reason(layer: Any) -> str | None:
+def _swap_reason(layer: Any, methods: tuple[str, ...]) -> str | None:
     """Why `layer` cannot be swapped, whichever adapter is active; None when it can."""
     if type(layer) not in FUSED and type(layer) not in STOCK:
         return f"{type(layer).__module__}.{type(layer).__name__} has no fused counterpart"
@@ -168,7 +186,15 @@ def _swap_reason(layer: Any) -> str | None:
         check_base(layer.base_layer)
     except (UnsupportedLayer, UnsupportedWeight) as error:
         return str(error)
+    if layer.lora_A and not _methods(layer, methods):
+        return next(method_reason(layer, adapter, methods) for adapter in layer.lora_A)
     return None
+
+
+def _methods(layer: Any, methods: tuple[str, ...]) -> list[str]:
+    """Those of `methods` that adapters of `layer` have."""
+    present = {method(layer, adapter) for adapter in layer.lora_A}
+    return [name for name in METHODS if name in methods and name in present]
 
 
 def _reader_reason(name: str, modules: dict[str, nn.Module]) -> str | None:
@@ -187,12 +213,12 @@ def _reader_reason(name: str, modules: dict[str, nn.Module]) -> str | None:
 def explain(module: nn.Module) -> str:
     """What the next forward of `module` runs: op, weight format, backend, adapter; or PEFT's own, and why.
 
-    For a fused layer, a LoRA layer of PEFT or a `LoRALinear`; for a model, the same for each of them.
+    For a fused layer, a LoRA layer of PEFT, a `LoRALinear` or `DoRALinear`; for a model, for each of them.
     """
-    if isinstance(module, LoRALinear | LoraLayer):
+    if isinstance(module, LowRankLinear | LoraLayer):
         return _explain_layer(module)
     modules = dict(module.named_modules())
-    layers = {name: m for name, m in modules.items() if isinstance(m, LoRALinear | LoraLayer)}
+    layers = {name: m for name, m in modules.items() if isinstance(m, LowRankLinear | LoraLayer)}
     if not layers:
         return f"{type(module).__name__}: its own forward runs; neither it nor a module in it is a LoRA layer"
     return "\n".join(
@@ -203,10 +229,14 @@ def explain(module: nn.Module) -> str:
 def _explain_layer(layer: Any, reader_reason: str | None = None) -> str:
     kind = type(layer).__name__
     reason: str | None
-    if isinstance(layer, LoRALinear):
+    if isinstance(layer, LowRankLinear):
         applied = f"r={layer.r}, scaling={layer.scaling:g}"
+        if isinstance(layer, DoRALinear):
+            applied += f", dropout={layer.dropout!r}, norm_grad={layer.norm_grad!r}"
     elif type(layer) not in STOCK:
-        reason = _swap_reason(layer) or reader_reason or "not swapped, accelerate(model) would fuse it"
+        reason = (
+            _swap_reason(layer, METHODS) or reader_reason or "not swapped, accelerate(model) would fuse it"
+        )
         return f"{kind}: PEFT's own forward: {reason}"
     else:
         adapter, reason = choose(layer)
@@ -214,7 +244,10 @@ def _explain_layer(layer: Any, reader_reason: str | None = None) -> str:
             return f"{kind}: PEFT's own forward: {reason}"
         applied = "no adapter, the base alone"
         if adapter is not None:
-            applied = f"adapter {adapter!r}, r={layer.r[adapter]}, scaling={float(layer.scaling[adapter]):g}"
+            name = method(layer, adapter)
+            applied = (
+                f"{name} adapter {adapter!r}, r={layer.r[adapter]}, scaling={float(layer.scaling[adapter]):g}"
+            )
     try:
         weight = from_linear(layer.base_layer)
     except UnsupportedWeight as error:

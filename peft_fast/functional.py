@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from . import autograd, dora, ops
 from .formats import QuantizedWeight, from_dense
-from .reference import accumulation_dtype
+from .reference import accumulation_dtype, dropout_scale
 
 DROPOUTS = ("paper", "peft")
 NORM_GRADS = ("detached", "full")
@@ -122,8 +122,8 @@ def dora_linear(
     """
     if not isinstance(weight, QuantizedWeight):
         weight = from_dense(weight)
-    _check_choice("dropout", dropout, DROPOUTS)
-    _check_choice("norm_grad", norm_grad, NORM_GRADS)
+    check_choice("dropout", dropout, DROPOUTS)
+    check_choice("norm_grad", norm_grad, NORM_GRADS)
     ops.check_probability("dropout_p", dropout_p)
     ops.check_vector("magnitude", magnitude, weight.out_features, weight.weight.device)
     x = _as_autocast(x)
@@ -144,10 +144,14 @@ def dora_linear(
         inside = bias if after is None else None
         y = autograd.lora_linear(x, weight, inside, lora_A, lora_B, mask, scale, scaling, p, backend)
         return y if after is None else (y + after).to(x.dtype)
-    dropped = F.dropout(x, dropout_p)
-    adapted = autograd.lora_linear(dropped, weight, None, lora_A, lora_B, None, scale, scaling, 0.0, backend)
+    # X_d = grown·kept: kept loses no bits in half precision, and the scale takes the factor.
+    keep = F.dropout(torch.ones_like(x), dropout_p) != 0
+    grown = dropout_scale(dropout_p)
+    kept, scale = x * keep, _nonzero(grown * scale, x.dtype)
+    adapted = autograd.lora_linear(kept, weight, None, lora_A, lora_B, None, scale, scaling, 0.0, backend)
     no_A, no_B = x.new_empty(0, weight.in_features), x.new_empty(weight.out_features, 0)
-    rest = autograd.lora_linear(x - dropped, weight, bias, no_A, no_B, None, None, 1.0, 0.0, backend)
+    other = torch.where(keep, x * (1.0 - grown), x)
+    rest = autograd.lora_linear(other, weight, bias, no_A, no_B, None, None, 1.0, 0.0, backend)
     return rest.add_(adapted)
 
 
@@ -166,6 +170,6 @@ def _nonzero(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return scale + shift
 
 
-def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{argument}: expected one of {list(choices)}, got {value!r}")

@@ -1,7 +1,10 @@
 """Drop-in `nn.Module` replacements over frozen, possibly 4-bit, base layers.
 
-`LoRALinear` computes  Y = X·Ŵᵀ + s·(drop(X)·Aᵀ·Bᵀ + lora_bias) + bias  in one fused op; see
-`functional.lora_linear` for what flows where and `autograd` for what is saved.
+`LoRALinear` computes  Y = X·Ŵᵀ + s·(drop(X)·Aᵀ·Bᵀ + lora_bias) + bias,
+`DoRALinear` computes  Y = c ⊙ (X·Ŵᵀ + s·drop(X)·Aᵀ·Bᵀ) + bias,  c = m / ‖Ŵ + s·B·A‖ per row,
+
+each in one fused op; see `functional` for what flows where, `autograd` for what is saved and `norm_cache`
+for when a norm is computed.
 """
 
 from __future__ import annotations
@@ -13,10 +16,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from . import dora
 from .errors import UnsupportedLayer
 from .formats import from_linear
-from .functional import lora_linear
+from .functional import DROPOUTS, NORM_GRADS, check_choice, dora_linear, lora_linear
+from .norm_cache import NormCache, fold_scaling
 from .ops import check_probability
+from .reference import accumulation_dtype
+
+Bias = Literal["none", "all", "lora_only"]
 
 
 def is_linear4bit(layer: nn.Module) -> bool:
@@ -78,12 +86,8 @@ def fused_lora_forward(
     `nn.Linear` computes in the dtype of x. `Linear4bit` casts x to its `compute_dtype` (when set) and the
     result back to the dtype x came in; autocast wins over `compute_dtype`.
     """
-    dtype = x.dtype
-    compute_dtype = vars(base).get("compute_dtype")  # nn.Module's getattr is slow where nothing is found
-    if compute_dtype is not None:
-        x = x.to(compute_dtype)
     y = lora_linear(
-        x,
+        _in_compute_dtype(base, x),
         from_linear(base),
         lora_A,
         lora_B,
@@ -94,19 +98,69 @@ def fused_lora_forward(
         training=training,
         backend=backend,
     )
+    return _as_base_returns(base, y, x.dtype)
+
+
+def fused_dora_forward(
+    base: nn.Linear,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norms: NormCache,
+    *,
+    scaling: float | Tensor,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    dropout: str = "paper",
+    norm_grad: str = "detached",
+    backend: str = "auto",
+) -> Tensor:
+    """`functional.dora_linear` over `base`, with the dtype conventions of `fused_lora_forward`.
+
+    A norm comes from `norms`; where that keeps none, it is computed here.
+    """
+    weight = from_linear(base)
+    if norm_grad == "full":
+        norm, squares = None, norms.norms_squared(base, weight, lora_A, backend)
+    else:
+        norm, squares = norms.norm(base, weight, lora_A, lora_B, scaling, backend), None
+    if isinstance(scaling, Tensor) or torch.compiler.is_compiling():
+        lora_B, scaling = fold_scaling(lora_B, scaling), 1.0
+    if squares is not None:
+        norm = dora.lora_weight_norm(weight, lora_A, lora_B, scaling, norms_squared=squares, backend=backend)
+    y = dora_linear(
+        _in_compute_dtype(base, x),
+        weight,
+        lora_A,
+        lora_B,
+        magnitude,
+        base.bias,
+        scaling=scaling,
+        dropout_p=dropout_p,
+        training=training,
+        dropout=dropout,
+        norm=norm,
+        norm_grad=norm_grad,
+        backend=backend,
+    )
+    return _as_base_returns(base, y, x.dtype)
+
+
+def _in_compute_dtype(base: nn.Linear, x: Tensor) -> Tensor:
+    dtype = vars(base).get("compute_dtype")  # nn.Module's getattr is slow where nothing is found
+    return x if dtype is None else x.to(dtype)
+
+
+def _as_base_returns(base: nn.Linear, y: Tensor, dtype: torch.dtype) -> Tensor:
     return y.to(dtype) if y.dtype != dtype and is_linear4bit(base) else y
 
 
-class LoRALinear(nn.Module):
-    """A frozen linear layer with a trainable low-rank update (LoRA, arXiv 2106.09685; rsLoRA, 2312.03732).
-
-    Y = X·Ŵᵀ + s·(drop(X)·Aᵀ·Bᵀ + lora_bias) + bias,  s = alpha/r, or alpha/√r with `use_rslora`.
+class LowRankLinear(nn.Module):
+    """What `LoRALinear` and `DoRALinear` share: a frozen base layer and the factors of its update.
 
     A [r, in_features] is initialised as `nn.Linear` is (Kaiming uniform), B [out_features, r] with zeros, so
-    a new layer equals its base. State-dict keys: `base_layer.*` (the owner's own), `lora_A`, `lora_B`,
-    `lora_bias`.
-
-    Make one with `from_linear`, which names the arguments.
+    that the update starts as zero.
     """
 
     def __init__(
@@ -116,8 +170,7 @@ class LoRALinear(nn.Module):
         lora_alpha: float,
         lora_dropout: float,
         use_rslora: bool,
-        bias: Literal["none", "all", "lora_only"],
-        lora_bias: bool,
+        bias: Bias,
         adapter_dtype: torch.dtype | None,
         backend: str,
     ) -> None:
@@ -126,8 +179,7 @@ class LoRALinear(nn.Module):
         if not isinstance(r, int) or r < 1:
             raise ValueError(f"r: expected a positive integer, got {r!r}")
         check_probability("lora_dropout", lora_dropout)
-        if bias not in ("none", "all", "lora_only"):
-            raise ValueError(f"bias: expected 'none', 'all' or 'lora_only', got {bias!r}")
+        check_choice("bias", bias, ("none", "all", "lora_only"))
         if bias != "none" and base_layer.bias is None:
             raise ValueError(f"bias: expected a base layer with a bias for {bias!r}, got one without")
         self.r = r
@@ -145,10 +197,28 @@ class LoRALinear(nn.Module):
         device = base_layer.weight.device
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, dtype=dtype, device=device))
-        self.lora_bias = (
-            nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=device)) if lora_bias else None
-        )
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def extra_repr(self) -> str:
+        dropout = f"lora_dropout={self.lora_dropout}"
+        return f"r={self.r}, scaling={self.scaling:g}, {dropout}, backend={self.backend!r}"
+
+
+class LoRALinear(LowRankLinear):
+    """A frozen linear layer with a trainable low-rank update (LoRA, arXiv 2106.09685; rsLoRA, 2312.03732).
+
+    Y = X·Ŵᵀ + s·(drop(X)·Aᵀ·Bᵀ + lora_bias) + bias,  s = alpha/r, or alpha/√r with `use_rslora`.
+
+    A new layer equals its base. State-dict keys: `base_layer.*` (the owner's own), `lora_A`, `lora_B`,
+    `lora_bias`.
+
+    Make one with `from_linear`, which names the arguments.
+    """
+
+    def __init__(self, *shared: Any, lora_bias: bool) -> None:
+        super().__init__(*shared)
+        bias = torch.zeros(self.out_features, dtype=self.lora_A.dtype, device=self.lora_A.device)
+        self.lora_bias = nn.Parameter(bias) if lora_bias else None
 
     @classmethod
     def from_linear(
@@ -159,7 +229,7 @@ class LoRALinear(nn.Module):
         lora_alpha: float = 32,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
-        bias: Literal["none", "all", "lora_only"] = "none",
+        bias: Bias = "none",
         lora_bias: bool = False,
         adapter_dtype: torch.dtype | None = None,
         backend: str = "auto",
@@ -181,7 +251,8 @@ class LoRALinear(nn.Module):
             UnsupportedLayer, UnsupportedWeight: `base` cannot be fused; it is left as it was.
             ValueError: another argument does not fit; the message names it.
         """
-        return cls(base, r, lora_alpha, lora_dropout, use_rslora, bias, lora_bias, adapter_dtype, backend)
+        shared = (base, r, lora_alpha, lora_dropout, use_rslora, bias, adapter_dtype, backend)
+        return cls(*shared, lora_bias=lora_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return fused_lora_forward(
@@ -196,6 +267,86 @@ class LoRALinear(nn.Module):
             backend=self.backend,
         )
 
+
+class DoRALinear(LowRankLinear):
+    """A frozen linear layer whose weight is adapted in direction and in length (DoRA, arXiv 2402.09353).
+
+    Y = c ⊙ (X·Ŵᵀ + s·drop(X)·Aᵀ·Bᵀ) + bias,  c = magnitude / ‖Ŵ + s·B·A‖ per row,  s as in `LoRALinear`.
+
+    `magnitude` [out_features], at least float32, is initialised with the lengths of the rows of Ŵ, so a new
+    layer equals its base. State-dict keys: `base_layer.*`, `lora_A`, `lora_B`, `magnitude`.
+
+    The norm is computed when A, B or the weight has changed, not at every forward; see `norm_cache`, which
+    also says which writes need `reset_norm`.
+
+    Make one with `from_linear`, which names the arguments.
+    """
+
+    def __init__(self, *shared: Any, dropout: str, norm_grad: str) -> None:
+        check_choice("dropout", dropout, DROPOUTS)
+        check_choice("norm_grad", norm_grad, NORM_GRADS)
+        super().__init__(*shared)
+        self.dropout = dropout
+        self.norm_grad = norm_grad
+        self.norms = NormCache()
+        weight, dtype = from_linear(self.base_layer), accumulation_dtype(self.lora_A.dtype)
+        squares = self.norms.norms_squared(self.base_layer, weight, self.lora_A)
+        if squares is None:
+            squares = dora.row_norms_squared(weight, dtype=dtype)
+        self.magnitude = nn.Parameter(squares.sqrt().to(dtype))
+
+    @classmethod
+    def from_linear(
+        cls,
+        base: nn.Linear,
+        *,
+        r: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        bias: Bias = "none",
+        adapter_dtype: torch.dtype | None = None,
+        dropout: Literal["paper", "peft"] = "paper",
+        norm_grad: Literal["detached", "full"] = "detached",
+        backend: str = "auto",
+    ) -> DoRALinear:
+        """Wraps `base` without copying its weight, and freezes it.
+
+        Args:
+            base, r, lora_alpha, use_rslora, bias, backend: as for `LoRALinear.from_linear`.
+            lora_dropout: dropout probability, in training mode; on what, `dropout` says.
+            adapter_dtype: dtype of A and B; float32 when None.
+            dropout: "paper" drops the input of the low-rank branch; "peft" what PEFT drops, see
+                `functional.dora_linear`.
+            norm_grad: "detached" takes the norm as a constant (§4.3); "full" differentiates through it, for
+                which it is computed at every forward.
+
+        Raises:
+            UnsupportedLayer, UnsupportedWeight: `base` cannot be fused; it is left as it was.
+            ValueError: another argument does not fit; the message names it.
+        """
+        shared = (base, r, lora_alpha, lora_dropout, use_rslora, bias, adapter_dtype, backend)
+        return cls(*shared, dropout=dropout, norm_grad=norm_grad)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused_dora_forward(
+            self.base_layer,
+            x,
+            self.lora_A,
+            self.lora_B,
+            self.magnitude,
+            self.norms,
+            scaling=self.scaling,
+            dropout_p=self.lora_dropout,
+            training=self.training,
+            dropout=self.dropout,
+            norm_grad=self.norm_grad,
+            backend=self.backend,
+        )
+
+    def reset_norm(self) -> None:
+        """Has the next forward compute the norm: after writes that `norm_cache` does not notice."""
+        self.norms.reset()
+
     def extra_repr(self) -> str:
-        dropout = f"lora_dropout={self.lora_dropout}"
-        return f"r={self.r}, scaling={self.scaling:g}, {dropout}, backend={self.backend!r}"
+        return f"{super().extra_repr()}, dropout={self.dropout!r}, norm_grad={self.norm_grad!r}"

@@ -1,11 +1,12 @@
 """PEFT's LoRA layers with a fused forward: the subclasses that `convert.accelerate` swaps in.
 
-    Y = X·Ŵᵀ + s·(drop(X)·Aᵀ·Bᵀ + lora_bias) + bias        X [..., K], Ŵ [N, K], A [R, K], B [N, R]
+    LoRA   Y = X·Ŵᵀ + s·(drop(X)·Aᵀ·Bᵀ + lora_bias) + bias        X [..., K], Ŵ [N, K], A [R, K], B [N, R]
+    DoRA   Y = c ⊙ (X_d·Ŵᵀ + s·X_d·Aᵀ·Bᵀ) + (X − X_d)·Ŵᵀ + bias   c = m / ‖Ŵ + s·B·A‖, X_d = drop(X), m [N]
 
 Only `forward` is overridden; modules, parameters, state-dict keys, merging and adapter switching are PEFT's.
-The fused op carries one active adapter, and the bare 4-bit base. Whatever else PEFT's forward does at that
-moment, and whatever is attached to the call of a submodule that fusing would skip, goes through PEFT's own
-forward: `choose` says which, and why.
+The fused op carries one active adapter, LoRA or DoRA, and the bare 4-bit base. Whatever else PEFT's forward
+does at that moment, and whatever is attached to the call of a submodule that fusing would skip, goes through
+PEFT's own forward: `choose` says which, and why.
 """
 
 from __future__ import annotations
@@ -16,20 +17,32 @@ import torch
 from bitsandbytes.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit
 from peft.tuners.lora import bnb as peft_bnb
 from peft.tuners.lora import layer as peft_lora
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from .modules import fused_lora_forward
+from .modules import fused_dora_forward, fused_lora_forward
+from .norm_cache import NormCache, fold_scaling
+
+METHODS = ("lora", "dora")
 
 _DENSE_BASES = frozenset((nn.Linear,))
 _4BIT_BASES = frozenset((Linear4bit, LinearNF4, LinearFP4))
-_PLAIN_TENSORS = frozenset((Tensor, nn.Parameter, Params4bit, FakeTensor))
+_LORA_PARTS: dict[str, type] = {"lora_A": nn.Linear, "lora_B": nn.Linear}
+_DORA_PARTS: dict[str, type] = {**_LORA_PARTS, "lora_magnitude_vector": DoraLinearLayer}
+_PLAIN_TENSORS: frozenset[type] = frozenset((Tensor, nn.Parameter, Params4bit, FakeTensor))
 
 
 class _FusedForward(nn.Module):
-    backend: str = "auto"
+    # Set by `accelerate` on each layer.
+    backend: str
+    methods: tuple[str, ...]
+    norms: NormCache
+
     scaling: dict[str, Any]
+    lora_variant: dict[str, Any]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # PEFT hands mixed batches (adapter_names) and aLoRA offsets over as keyword arguments.
@@ -43,25 +56,48 @@ class _FusedForward(nn.Module):
         if adapter is None:
             no_A, no_B = x.new_empty(0, base.in_features), x.new_empty(base.out_features, 0)
             return fused_lora_forward(base, x, no_A, no_B, scaling=1.0, backend=self.backend)
-        linear_B, dropout = modules["lora_B"]._modules[adapter], modules["lora_dropout"]._modules[adapter]
+        lora_A, linear_B = modules["lora_A"]._modules[adapter].weight, modules["lora_B"]._modules[adapter]
         lora_B, lora_bias, scaling = linear_B.weight, linear_B.bias, self.scaling[adapter]
+        dropout = modules["lora_dropout"]._modules[adapter]
+        p = dropout.p if type(dropout) is nn.Dropout else 0.0
+        if adapter in self.lora_variant:
+            return fused_dora_forward(
+                base,
+                x,
+                lora_A,
+                lora_B,
+                modules["lora_magnitude_vector"]._modules[adapter].weight,
+                self.norms,
+                scaling=scaling,
+                dropout_p=p,
+                training=self.training and dropout.training,  # PEFT looks at both
+                dropout="peft",
+                backend=self.backend,
+            )
         if isinstance(scaling, Tensor) or torch.compiler.is_compiling():
-            # Folded into B: as the op's float, a tensor is waited for and a number compiled in.
-            acc = torch.promote_types(lora_B.dtype, torch.float32)
-            lora_B = lora_B.to(acc) * scaling
-            lora_bias = lora_bias.to(acc) * scaling if lora_bias is not None else None
+            # As the op's number, a tensor is waited for and a number compiled in.
+            lora_B = fold_scaling(lora_B, scaling)
+            lora_bias = fold_scaling(lora_bias, scaling) if lora_bias is not None else None
             scaling = 1.0
         return fused_lora_forward(
             base,
             x,
-            modules["lora_A"]._modules[adapter].weight,
+            lora_A,
             lora_B,
             scaling=scaling,
             lora_bias=lora_bias,
-            dropout_p=dropout.p if type(dropout) is nn.Dropout else 0.0,
+            dropout_p=p,
             training=dropout.training,
             backend=self.backend,
         )
+
+    def unmerge(self) -> None:
+        super().unmerge()  # type: ignore[misc]  # PEFT's
+        self.reset_norm()  # PEFT writes a dense weight through `.data`
+
+    def reset_norm(self) -> None:
+        """Has the next DoRA forward compute its norm: after writes that `norm_cache` does not notice."""
+        self.norms.reset()
 
 
 class FusedLinear(_FusedForward, peft_lora.Linear):
@@ -102,21 +138,41 @@ def choose(layer: Any) -> tuple[str | None, str | None]:
     if len(active) > 1:
         return None, f"several active adapters: {active}"
     adapter = active[0]
-    if adapter in layer.lora_variant:
-        return None, f"adapter {adapter!r} is a LoRA variant, {type(layer.lora_variant[adapter]).__name__}"
-    for name in ("lora_A", "lora_B"):
-        linear = modules[name]._modules[adapter]
-        if type(linear) is not nn.Linear:
-            return None, f"{name} is a {type(linear).__name__}, not a plain nn.Linear"
-        if type(linear.weight) not in _PLAIN_TENSORS:
-            return None, f"the weight of {name} is a {type(linear.weight).__name__}, not a plain tensor"
-        if (reason := _observed(name, linear)) is not None:
+    if (reason := method_reason(layer, adapter, layer.methods)) is not None:
+        return None, reason
+    parts = _DORA_PARTS if adapter in layer.lora_variant else _LORA_PARTS
+    for name, expected in parts.items():
+        part = modules[name]._modules[adapter]
+        kind: type = type(part)
+        if kind is not expected:
+            return None, f"{name} is a {kind.__name__}, not a plain {expected.__name__}"
+        if type(part.weight) not in _PLAIN_TENSORS:
+            return None, f"the weight of {name} is a {type(part.weight).__name__}, not a plain tensor"
+        if (reason := _observed(name, part)) is not None:
             return None, reason
+    if adapter in layer.lora_variant and modules["lora_B"]._modules[adapter].bias is not None:
+        return None, "lora_B has a bias, under DoRA"
     dropout = modules["lora_dropout"]._modules[adapter]
     if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
         return None, f"lora_dropout is a {type(dropout).__name__}, not nn.Dropout or nn.Identity"
     reason = _observed("lora_dropout", dropout)
     return (adapter, None) if reason is None else (None, reason)
+
+
+def method(layer: Any, adapter: str) -> str | None:
+    """The method of an adapter, of `METHODS`; None for another of PEFT's variants."""
+    variant = layer.lora_variant.get(adapter)
+    if variant is None:
+        return "lora"
+    return "dora" if type(variant) is DoraLinearVariant else None
+
+
+def method_reason(layer: Any, adapter: str, methods: tuple[str, ...]) -> str | None:
+    """Why an adapter is not for the fused op, by its method alone; None when it is."""
+    name = method(layer, adapter)
+    if name is None:
+        return f"adapter {adapter!r} is a LoRA variant, {type(layer.lora_variant[adapter]).__name__}"
+    return None if name in methods else f"adapter {adapter!r} is {name}, and asked for was {methods}"
 
 
 def base_reason(base: Any) -> str | None:

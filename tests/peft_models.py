@@ -74,6 +74,19 @@ def stock_net(kind: str, dtype=torch.float32, *, adapter_dtype=None, **options) 
     return unpacked(model)
 
 
+def dora_net(kind: str, dtype=torch.float32, **options) -> nn.Module:
+    """`stock_net` under PEFT's DoRA, its magnitudes away from the norms."""
+    model = stock_net(kind, dtype, use_dora=True, **options)
+    for layer in lora_layers(model):
+        rescale(layer)
+    return model
+
+
+def rescale(layer: LoraLayer, adapter: str = "default") -> None:
+    magnitude = layer.lora_magnitude_vector[adapter].weight
+    magnitude.data *= torch.rand_like(magnitude) + 0.5
+
+
 def unpacked(model: nn.Module) -> nn.Module:
     """Keeps bitsandbytes from repacking 4-bit weights in place at an eval forward on this CPU."""
     for module in model.modules():

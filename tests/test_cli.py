@@ -44,9 +44,9 @@ def test_no_options_are_the_defaults(monkeypatch, capsys, trained):
 def test_flags_win_over_the_file_and_the_file_over_defaults(monkeypatch, capsys, trained, tmp_path):
     path = tmp_path / "job.yaml"
     path.write_text("lr: 5e-4\nseed: 7\nstock: true\nmax-length: 16\n")
-    arguments = ("train", "--config", path, "--seed", 8, "--no-stock", "--batch-size", 4)
+    arguments = ("train", "--config", path, "--seed", 8, "--no-stock", "--method", "dora")
     assert call(monkeypatch, capsys, *arguments)[0] == 0
-    assert trained == [config.TrainConfig(lr=5e-4, seed=8, stock=False, max_length=16, batch_size=4)]
+    assert trained == [config.TrainConfig(lr=5e-4, seed=8, stock=False, max_length=16, method="dora")]
 
 
 def test_every_option_is_a_flag_with_help(monkeypatch, capsys):
@@ -62,6 +62,7 @@ def test_every_option_is_a_flag_with_help(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (("--r", "0"), "peft-fast: r: expected at least 1, got 0\n"),
+        (("--method", "vera"), "peft-fast: method: expected one of lora, dora, got 'vera'\n"),
         (("--quant", "int3"), "peft-fast: quant: expected one of nf4, fp4, none, got 'int3'\n"),
         (
             ("--config", "no-such.yaml"),

@@ -17,6 +17,8 @@ from peft_fast.config import TrainConfig
         ({"lr": float("inf")}, "lr: expected more than 0 and a finite number"),
         ({"dropout": 1.5}, "dropout: expected at least 0 and at most 1"),
         ({"quant": "int3"}, "quant: expected one of nf4, fp4, none, got 'int3'"),
+        ({"method": "vera"}, "method: expected one of lora, dora, got 'vera'"),
+        ({"method": 3}, "method: expected str, got 3"),
         ({"stock": "yes"}, "stock: expected bool, got 'yes'"),
         ({"task": "causal-lm", "model": "x"}, "data: expected a file for task 'causal-lm'"),
         ({"task": "causal-lm", "data": "x"}, "model: expected a folder"),
@@ -34,6 +36,13 @@ def test_yaml_reads_exponents_and_dashes(tmp_path):
     path.write_text("lr: 2e-3\nbatch-size: 4\n")
     resolved = config.resolve({"batch_size": None, "seed": 3}, path)
     assert (resolved.lr, resolved.batch_size, resolved.seed) == (2e-3, 4, 3)
+
+
+def test_the_method_names_the_folder_of_the_run(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text("method: dora\n")
+    assert config.resolve({}, path).folder.name == "docstring-swap-dora-nf4-seed0"
+    assert config.resolve({"method": "lora"}, path).method == "lora"
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ def test_report_lists_every_layer():
     assert str(report).splitlines() == [
         "1 layers fused, 1 left to PEFT",
         "  base_model.model.0  left   peft.tuners.lora.layer.Embedding has no fused counterpart",
-        "  base_model.model.1  fused  reference",
+        "  base_model.model.1  fused  lora on reference",
     ]
     rich_console = pytest.importorskip("rich.console")
     console = rich_console.Console(width=200, file=io.StringIO())
@@ -262,6 +262,15 @@ def test_a_trained_base_is_left():
     assert "the weight of base_layer is trained" in report.left[0].reason
 
 
+def test_layers_with_other_variants_alone_are_left(kind):
+    model = stock_net(kind, alora_invocation_tokens=[1])
+    with pytest.warns(UserWarning, match="0 layers fused, 2 left to PEFT"):
+        report = accelerate(model)
+    assert {row.reason for row in report} == {"adapter 'default' is a LoRA variant, ALoraLinearVariant"}
+    model.add_adapter("other", lora_config())
+    assert [row.detail for row in accelerate(model)] == ["lora on cpu"] * 2
+
+
 def test_a_layer_with_its_own_forward_is_left():
     model = stock_net("dense")
     layer = lora_layers(model)[0]
@@ -287,8 +296,8 @@ def test_strict_changes_nothing_when_it_raises():
 
 def test_arguments_are_checked():
     model = stock_net("dense")
-    for methods in ((), ("dora",), "lora", ("lora", "vera")):
-        with pytest.raises(ValueError, match="methods: expected a tuple of"):
+    for methods in ((), "lora", ("lora", "vera"), ("LoRA",)):
+        with pytest.raises(ValueError, match=r"methods: expected a tuple of \('lora', 'dora'\), got"):
             accelerate(model, methods=methods)
     with pytest.raises(ValueError, match="backend: expected 'auto' or one of"):
         accelerate(model, backend="cuda")

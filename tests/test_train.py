@@ -1,6 +1,7 @@
 """Training jobs: their data, their options, what they write, and that a killed one resumes to the same."""
 
 import dataclasses
+import itertools
 import json
 import random
 import signal
@@ -157,30 +158,37 @@ def test_classification_learns_and_writes_its_folder(bert, csv_file, tmp_path):
 
 def test_every_adapter_moves_after_the_first_evaluation(bert, csv_file, tmp_path):
     """An evaluation must not stop training (bitsandbytes' CPU repacking would), stock or fused."""
-    for stock in (False, True):
-        folder = tmp_path / str(stock)
-        run(tiny(bert, csv_file, folder, stock=stock))
+    for stock, method in itertools.product((False, True), ("lora", "dora")):
+        folder = tmp_path / f"{method}-{stock}"
+        run(tiny(bert, csv_file, folder, stock=stock, method=method))
         early = load_file(folder / "checkpoints" / "checkpoint-6" / "adapter_model.safetensors")
         late = adapter(folder)
         assert early.keys() == late.keys()
         still = [name for name in early if torch.equal(early[name], late[name])]
-        assert not still, f"stock={stock}: not trained after the evaluation at step 6: {still}"
+        assert not still, f"{folder.name}: not trained after the evaluation at step 6: {still}"
 
 
 @pytest.mark.parametrize("quant", ["nf4", "none"])
-def test_fused_and_stock_take_the_same_path(bert, csv_file, tmp_path, quant):
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_fused_and_stock_take_the_same_path(bert, csv_file, tmp_path, quant, method):
     """Same seed, same dropout masks: the losses agree step by step."""
     fused, stock = (
-        run(tiny(bert, csv_file, tmp_path / str(stock), stock=stock, quant=quant)) for stock in (False, True)
+        run(tiny(bert, csv_file, tmp_path / str(stock), stock=stock, quant=quant, method=method))
+        for stock in (False, True)
     )
     assert fused["layers"]["fused"] > 0
     assert fused["loss"] == pytest.approx(stock["loss"], abs=2e-5)
     assert fused["eval_loss"] == pytest.approx(stock["eval_loss"], abs=2e-5)
 
 
-def test_saved_adapter_works_in_stock_peft(bert, csv_file, tmp_path):
-    options = tiny(bert, csv_file, tmp_path)
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_saved_adapter_works_in_stock_peft(bert, csv_file, tmp_path, method):
+    options = tiny(bert, csv_file, tmp_path, method=method)
     metrics = run(options)
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["use_dora"] == (method == "dora")
+    magnitudes = [name for name in adapter(tmp_path) if "lora_magnitude_vector" in name]
+    assert len(magnitudes) == (metrics["layers"]["fused"] if method == "dora" else 0)
     base = base_models.load_base(options, bert, ["no", "yes"], torch.device("cpu"))
     model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     base_models.protect_from_repacking(model)
@@ -295,9 +303,10 @@ train.train(config.resolve({}, sys.argv[1]), Console(quiet=True))
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills a process the POSIX way")
-def test_killed_job_resumes_to_the_same_result(bert, csv_file, tmp_path):
-    whole = run(tiny(bert, csv_file, tmp_path / "whole"))
-    options = tiny(bert, csv_file, tmp_path / "killed")
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_killed_job_resumes_to_the_same_result(bert, csv_file, tmp_path, method):
+    whole = run(tiny(bert, csv_file, tmp_path / "whole", method=method))
+    options = tiny(bert, csv_file, tmp_path / "killed", method=method)
     config.save(options, tmp_path / "job.yaml")
     killed = subprocess.run(
         [sys.executable, "-c", KILLED_AT_STEP, tmp_path / "job.yaml", "7"], check=False, capture_output=True
