@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import importlib
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -204,3 +206,12 @@ def test_adapted_providers_compute_the_same(bench):
     dense = bench.make_layer(bench.Provider("dense", "float32"), operands)
     y = bench.make_step(bench.Provider("dense", "float32"), dense, shape, 5).run()
     torch.testing.assert_close(y, step.x @ operands.dense.t())
+
+
+def test_strategies_are_measured():
+    script = Path(__file__).parents[1] / "bench" / "cpu_strategies.py"
+    options = ["--level", "scalar", "--dtype", "float32", "--shape", str(K), str(N), "--rows", "1", "5"]
+    command = [sys.executable, script, *options, "--fields", "out_block", "--turns", "1"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.split()[0] for line in out[2:]] == ["as", "out_block=24", "out_block=96"]
+    assert all(float(number) > 0 for line in out[2:] for number in line.split()[-2:])
