@@ -23,8 +23,7 @@ inline PairTable load_pair_table(Table low, Table high) {
   return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-// Sixteen cells of bytes[16]: the first byte of a cell from `low`, the third from `high`, the others zero.
-// Cell j takes byte j / step of either.
+// Sixteen cells, each byte of which is the byte of bytes[16] that `order` names, or zero.
 inline __m512i spread(__m128i bytes, __m512i order) {
   return _mm512_shuffle_epi8(_mm512_maskz_broadcast_i32x4(kAll, bytes), order);
 }
