@@ -1,14 +1,16 @@
-"""One QLoRA linear layer against the frozen dense layer and PEFT on bitsandbytes.
+"""One QLoRA or QDoRA linear layer against the frozen dense layer and PEFT on bitsandbytes.
 
 Timed is a forward and a backward, the sum of both: for `dense`, Y = X·Wᵀ and dX of a frozen `nn.Linear`; for
-`peft` (PEFT's LoRA on a bitsandbytes `Linear4bit`) and `ours`, Y, dX, dA and dB over the same nested NF4
-bytes with equal fp32 adapters, no bias and no dropout. Times are host milliseconds, p20/p50/p80 of samples
-that all providers take in turns. With `--cold`, before each forward and each backward the caches are
-overwritten, then a 64 by 64 layer of the same provider runs: operands come from memory, code does not.
-`ratio` is p50 over the p50 of the faster dense dtype in the same block of rows; where it is 1.00, adapter and
-quantization cost nothing.
+`peft` (PEFT's layer on a bitsandbytes `Linear4bit`) and `ours`, Y, dX, dA, dB, and with DoRA d_magnitude,
+over the same nested NF4 bytes with equal fp32 adapters, no bias and no dropout. The steps of a row share A
+and B, so ours takes DoRA's norm from its cache, as all forwards of an optimizer step but the first do; what
+the first pays more is timed by bench/dora_norm.py. Times are host milliseconds, p20/p50/p80 of samples that
+all providers take in turns. With `--cold`, before each forward and each backward the caches are overwritten,
+then a 64 by 64 layer of the same provider runs: operands come from memory, code does not. `ratio` is p50 over
+the p50 of the faster dense dtype in the same block of rows; where it is 1.00, adapter and quantization cost
+nothing.
 
-Before a shape is timed, Y, dX, dA and dB of each `ours` are compared with fp64 at every M and thread count: a
+Before a shape is timed, all results of each `ours` are compared with fp64 at every M and thread count: a
 relative error may be twice that of plain PyTorch at the same dtypes (the decoded weight in the dtype of X,
 the low-rank branch in fp32), or a rounding where that is more. Otherwise the run ends.
 
@@ -18,14 +20,13 @@ allocator holds at most on top of layer and operands, Y and the gradients includ
 shows there alone.
 
     python bench/lora_linear.py --csv bench/results/lora_linear.csv
-    python bench/lora_linear.py --shape 384 1536 --shape 4096 4096 --rows 1 16 --threads 1 2
+    python bench/lora_linear.py --method lora dora --shape 4096 4096 --rows 1 16 --threads 1 2
     python bench/lora_linear.py --shape 384 1536 --backend cpu-avx512 cpu-avx2 cpu-scalar --dtype float32
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import datetime
 import itertools
@@ -34,54 +35,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import bitsandbytes as bnb
+import layers
 import measure
-import peft
 import torch
+from layers import DTYPES, METHODS, Operands, Provider, Shape, make_layer, make_operands, make_step
 from measure import Exactness, Memory, Step, Timing
-from torch import Tensor, nn
+from torch import nn
 
-from peft_fast import ops, reference
-from peft_fast.formats import from_dense, from_linear
+from peft_fast import backends
 from peft_fast.info import cpu_name, versions
-from peft_fast.modules import LoRALinear
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PROVIDERS = ("dense", "peft", "ours")
 DENSE_DTYPES = ("float32", "bfloat16")
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (384, 1536))
 ROWS = (1, 16, 128, 512, 2048)
-RESULTS = ("y", "dX", "dA", "dB")
-SCALING = 2.0
-
-
-class Provider(NamedTuple):
-    """A row of the table: who computes, in which activation dtype; `backend` of ours only."""
-
-    kind: str
-    dtype: str
-    backend: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.kind}[{self.backend}]" if self.backend else self.kind
-
-
-class Shape(NamedTuple):
-    """A layer: K in-features, N out-features, rank R, on a device."""
-
-    K: int
-    N: int
-    R: int
-    device: str
-
-
-class Operands(NamedTuple):
-    """What every provider's layer is made of: W [N, K] fp32, its NF4, A [R, K] and B [N, R] fp32."""
-
-    dense: Tensor
-    packed: bnb.nn.Params4bit
-    lora_A: Tensor
-    lora_B: Tensor
+RESULTS = layers.results("dora")
 
 
 class Row(NamedTuple):
@@ -95,102 +63,31 @@ class Row(NamedTuple):
     resident: int | None
 
 
-def make_operands(shape: Shape) -> Operands:
-    """The same random operands at every call."""
-    K, N, R, device = shape
-    generator = torch.Generator().manual_seed(0)
-    dense = (torch.randn(N, K, generator=generator) / K**0.5).to(device)
-    packed = bnb.nn.Params4bit(dense, requires_grad=False, quant_type="nf4", compress_statistics=True)
-    lora_A = torch.randn(R, K, generator=generator) / K**0.5
-    lora_B = torch.randn(N, R, generator=generator) / R**0.5
-    return Operands(dense, packed.to(device), lora_A.to(device), lora_B.to(device))
-
-
-def make_layer(provider: Provider, operands: Operands) -> nn.Module:
-    """The provider's layer; only the adapters are its own."""
-    dtype = DTYPES[provider.dtype]
-    if provider.kind == "dense":
-        N, K = operands.dense.shape
-        layer = nn.Linear(K, N, bias=False, device="meta")
-        layer.weight = nn.Parameter(operands.dense.to(dtype), requires_grad=False)
-        return layer
-    base, R = linear4bit(operands, dtype), operands.lora_A.shape[0]
-    if provider.kind == "ours":
-        layer = LoRALinear.from_linear(base, r=R, lora_alpha=SCALING * R, backend=provider.backend)
-        factors = layer.lora_A, layer.lora_B
-    else:
-        config = peft.LoraConfig(r=R, lora_alpha=SCALING * R, target_modules=["0"])
-        layer = peft.get_peft_model(nn.Sequential(base), config).base_model.model[0]
-        factors = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    for parameter, value in zip(factors, (operands.lora_A, operands.lora_B), strict=True):
-        parameter.data.copy_(value)
-    return layer
-
-
-def linear4bit(operands: Operands, dtype: torch.dtype) -> bnb.nn.Linear4bit:
-    """A view of the packed weight, with the state that a model loaded in `dtype` has."""
-    N, K = operands.dense.shape
-    state = copy.copy(operands.packed.quant_state)
-    state.dtype = dtype
-    layer = bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
-    layer.weight = bnb.nn.Params4bit(
-        operands.packed.data, quant_state=state, quant_type="nf4", bnb_quantized=True
-    )
-    return layer
-
-
-def make_step(provider: Provider, layer: nn.Module, shape: Shape, M: int) -> Step:
-    """`layer` on the inputs of (M, dtype), which are the same for all providers."""
-    generator = torch.Generator().manual_seed(M)
-    x, grad = (torch.randn(M, width, generator=generator) for width in (shape.K, shape.N))
-    x, grad = (t.to(shape.device, DTYPES[provider.dtype]) for t in (x, grad))
-    return Step(layer, x.requires_grad_(), grad)
-
-
 def check(
-    layers: dict[Provider, nn.Module], operands: Operands, shape: Shape, rows: list[int], threads: list[int]
+    made: dict[Provider, nn.Module], operands: Operands, shape: Shape, rows: list[int], threads: list[int]
 ) -> dict[tuple[int, int], dict[Provider, dict[str, Exactness]]]:
-    """By (threads, M), the errors of Y, dX, dA and dB of each `ours`. Raises `measure.Inexact`."""
-    ours = [provider for provider in layers if provider.kind == "ours"]
-    exact = from_linear(linear4bit(operands, torch.float32)).decode(torch.float64) if ours else None
+    """By (threads, M), the errors of the results of each `ours`. Raises `measure.Inexact`."""
+    ours = [provider for provider in made if provider.kind == "ours"]
+    exact = layers.exact_weight(operands) if ours else None
     errors: dict[tuple[int, int], dict[Provider, dict[str, Exactness]]] = {
         key: {} for key in itertools.product(threads, rows)
     }
-    for M, dtype in itertools.product(rows, dict.fromkeys(provider.dtype for provider in ours)):
-        of_dtype = [provider for provider in ours if provider.dtype == dtype]
-        step = make_step(of_dtype[0], layers[of_dtype[0]], shape, M)
-        truth = by_reference(step, operands, exact)
-        plain = by_reference(step, operands, exact.to(DTYPES[dtype]))
-        for count, provider in itertools.product(threads, of_dtype):
+    cases = dict.fromkeys((provider.method, provider.dtype) for provider in ours)
+    for M, (method, dtype) in itertools.product(rows, cases):
+        alike = [provider for provider in ours if (provider.method, provider.dtype) == (method, dtype)]
+        step = make_step(alike[0], made[alike[0]], shape, M)
+        truth = layers.by_reference(method, step, operands, exact)
+        plain = layers.by_reference(method, step, operands, exact.to(DTYPES[dtype]))
+        for count, provider in itertools.product(threads, alike):
             torch.set_num_threads(count)
-            got = by_layer(step._replace(layer=layers[provider]))
+            got = layers.by_layer(method, step._replace(layer=made[provider]))
             where = f"{provider} {dtype} M={M} threads={count}"
             errors[count, M][provider] = {
                 name: measure.exactness(f"{where}: {name}", got[name], plain[name], truth[name])
-                for name in RESULTS
+                for name in got
             }
             print(f"checked {where}: {describe(errors[count, M][provider])}", flush=True)
     return errors
-
-
-def by_reference(step: Step, operands: Operands, weight: Tensor) -> dict[str, Tensor]:
-    """The definition in the dtype of `weight` [N, K]: fp64 throughout, or with fp32 adapters and sums."""
-    dtype = weight.dtype
-    x, grad = step.x.detach().to(dtype), step.grad.to(dtype)
-    A, B = (t.to(reference.accumulation_dtype(dtype)) for t in (operands.lora_A, operands.lora_B))
-    dense = from_dense(weight)
-    y, z = reference.lora_linear(x, dense, None, A, B, None, None, SCALING, 0.0)
-    needs = reference.Needs(x=True, lora_A=True, lora_B=True, bias=False, out_scale=False)
-    grads = reference.lora_linear_backward(
-        grad, x, dense, A, B, z, None, None, None, None, SCALING, 0.0, needs
-    )
-    return dict(zip(RESULTS, (y, grads.x, grads.lora_A, grads.lora_B), strict=True))
-
-
-def by_layer(step: Step) -> dict[str, Tensor]:
-    y = step.run().detach()
-    grads = (step.x.grad, step.layer.lora_A.grad, step.layer.lora_B.grad)
-    return dict(zip(RESULTS, (y, *grads), strict=True))
 
 
 def describe(errors: dict[str, Exactness]) -> str:
@@ -198,7 +95,7 @@ def describe(errors: dict[str, Exactness]) -> str:
 
 
 def measured(
-    layers: dict[Provider, nn.Module],
+    made: dict[Provider, nn.Module],
     errors: dict[Provider, dict[str, Exactness]],
     shape: Shape,
     M: int,
@@ -206,8 +103,8 @@ def measured(
     flush: Callable[[], object] | None,
 ) -> list[Row]:
     """A row for each layer, timed together on the current number of threads."""
-    steps = {provider: make_step(provider, layer, shape, M) for provider, layer in layers.items()}
-    small = {provider: small_step(provider, shape, M) for provider in layers}
+    steps = {provider: make_step(provider, layer, shape, M) for provider, layer in made.items()}
+    small = {provider: small_step(provider, shape, M) for provider in made}
 
     def cold(provider: Provider) -> None:
         flush()
@@ -247,8 +144,8 @@ def bench(
 ) -> Iterator[tuple[int, int, list[Row]]]:
     """(threads, M, rows) of each block of a shape; everything is checked before the first."""
     operands = make_operands(shape)
-    layers = {provider: make_layer(provider, operands) for provider in providers}
-    errors = check(layers, operands, shape, args.rows, args.threads)
+    made = {provider: make_layer(provider, operands) for provider in providers}
+    errors = check(made, operands, shape, args.rows, args.threads)
     del operands
     flush = None
     if args.cold:
@@ -256,7 +153,7 @@ def bench(
         flush = measure.cache_flush(shape.device, size)
     for threads, M in itertools.product(args.threads, args.rows):
         torch.set_num_threads(threads)
-        rows = measured(layers, errors[threads, M], shape, M, args.seconds, flush)
+        rows = measured(made, errors[threads, M], shape, M, args.seconds, flush)
         if args.memory:
             rows = [
                 row._replace(resident=measure.in_fresh_process(resident, row.provider, shape, M, threads))
@@ -266,7 +163,7 @@ def bench(
 
 
 HEADER = (
-    f"{'M':>6} {'provider':<18} {'dtype':<9}{'ms':>10}{'p20':>10}{'p80':>10}{'forward':>10}{'backward':>10}"
+    f"{'M':>6} {'provider':<23} {'dtype':<9}{'ms':>10}{'p20':>10}{'p80':>10}{'forward':>10}{'backward':>10}"
     f"{'ratio':>8}{'saved KiB':>11}{'peak MiB':>10}{'resident MiB':>14}"
 )
 
@@ -277,14 +174,14 @@ def line(M: int, row: Row) -> str:
     ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
     grown = "" if row.resident is None else f"{row.resident / 2**20:.1f}"
     sizes = f"{m.saved / 2**10:11.1f}{m.peak / 2**20:10.2f}{grown:>14}"
-    return f"{M:6d} {row.provider!s:<18} {row.provider.dtype:<9}{ms}{ratio:>8}{sizes}"
+    return f"{M:6d} {row.provider!s:<23} {row.provider.dtype:<9}{ms}{ratio:>8}{sizes}"
 
 
 def record(case: dict[str, object], M: int, threads: int, row: Row) -> dict[str, object]:
     """`row` as a line of the CSV file: milliseconds, bytes and relative errors; empty where not known."""
     timing = {name: f"{value:.6g}" for name, value in row.timing._asdict().items()}
     errors = {
-        f"{what}_{name}": f"{getattr(row.errors[name], what):.3g}" if row.errors else None
+        f"{what}_{name}": f"{getattr(row.errors[name], what):.3g}" if name in row.errors else None
         for name, what in itertools.product(RESULTS, Exactness._fields)
     }
     memory = {f"{name}_bytes": value for name, value in row.memory._asdict().items()}
@@ -294,6 +191,7 @@ def record(case: dict[str, object], M: int, threads: int, row: Row) -> dict[str,
         "threads": threads,
         "dtype": row.provider.dtype,
         "provider": row.provider.kind,
+        "method": row.provider.method,
         "backend": row.provider.backend,
         **timing,
         "ratio": None if row.ratio is None else f"{row.ratio:.6g}",
@@ -331,10 +229,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"in- and out-features; may be given several times (default: {SHAPES})")
     add("--rows", type=int, nargs="+", default=ROWS, metavar="M", help="tokens (default: %(default)s)")
     add("--rank", type=int, default=16, metavar="R")
+    add("--method", choices=METHODS, nargs="+", default=["lora"], help="of peft and ours (default: lora)")
     add("--providers", choices=PROVIDERS, nargs="+", default=PROVIDERS, help="default: all")
     add("--dtype", choices=DTYPES, nargs="+", default=DENSE_DTYPES,
         help="activations of peft and ours; dense always runs in both of the default: %(default)s")
-    add("--backend", nargs="+", default=["auto"], help=f"of ours: auto or {list(ops.BACKENDS)}")
+    add("--backend", nargs="+", default=["auto"], help=f"of ours: auto or {list(backends.BACKENDS)}")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, nargs="+", default=[torch.get_num_threads()], help="a block of rows each")
     add("--seconds", type=float, default=4.0,
@@ -356,12 +255,18 @@ def selected(args: argparse.Namespace) -> list[Provider]:
     Raises:
         ValueError, peft_fast.errors.BackendUnavailable: a backend is not known, or cannot run the case.
     """
+    adapted = list(itertools.product(args.method, args.dtype))
     found = {
         "dense": [Provider("dense", dtype) for dtype in DENSE_DTYPES],
-        "peft": [Provider("peft", dtype) for dtype in args.dtype],
+        "peft": [Provider("peft", dtype, method) for method, dtype in adapted],
         "ours": [
-            Provider("ours", dtype, ops.resolve("nf4", args.device, DTYPES[dtype], backend))
-            for backend, dtype in itertools.product(args.backend, args.dtype)
+            Provider(
+                "ours",
+                dtype,
+                method,
+                backends.resolve("lora_linear", "nf4", args.device, DTYPES[dtype], backend),
+            )
+            for backend, (method, dtype) in itertools.product(args.backend, adapted)
         ],
     }
     return list(dict.fromkeys(itertools.chain.from_iterable(found[kind] for kind in args.providers)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import json
 import subprocess
 import sys
 import warnings
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from peft_fast import ops, reference
+from peft_fast import backends, reference
 from peft_fast.errors import BackendUnavailable
 
 K, N, R = 128, 64, 4
@@ -22,6 +23,7 @@ TINY = [
     *("--seconds", "0", "--cache-mib", "1", "--threads", "1"),
 ]
 BACKENDS = ("reference", "auto")
+METHODS = ("lora", "dora")
 
 
 @pytest.fixture(autouse=True)
@@ -50,13 +52,14 @@ def run(bench, tmp_path, *options: str) -> list[dict[str, str]]:
 
 @pytest.fixture
 def rows(bench, tmp_path):
-    return run(bench, tmp_path, "--rows", "1", "5", "--backend", *BACKENDS)
+    return run(bench, tmp_path, "--rows", "1", "5", "--backend", *BACKENDS, "--method", *METHODS)
 
 
 def test_every_provider_has_one_row_per_m(rows):
-    auto = ops.resolve("nf4", "cpu", torch.float32)
-    expected = {("dense", ""), ("peft", ""), *(("ours", name) for name in ("reference", auto))}
-    got = [(row["provider"], row["backend"], row["dtype"], row["M"]) for row in rows]
+    auto = backends.resolve("lora_linear", "nf4", "cpu", torch.float32)
+    ours = [("ours", method, name) for method in METHODS for name in ("reference", auto)]
+    expected = {("dense", "", ""), *(("peft", method, "") for method in METHODS), *ours}
+    got = [(row["provider"], row["method"], row["backend"], row["dtype"], row["M"]) for row in rows]
     assert set(got) == {(*p, dtype, M) for p in expected for dtype in ("float32", "bfloat16") for M in "15"}
     assert len(got) == len(set(got))
     assert {(row["K"], row["N"], row["R"], row["threads"]) for row in rows} == {(str(K), str(N), str(R), "1")}
@@ -83,27 +86,35 @@ def test_percentiles_are_of_at_least_five_samples(rows):
 
 def test_errors_are_those_of_ours_beside_plain_pytorch(rows):
     for row in rows:
-        for name in ("y", "dX", "dA", "dB"):
+        for name in ("y", "dX", "dA", "dB", "dm"):
             error, plain = row[f"error_{name}"], row[f"plain_{name}"]
-            if row["provider"] != "ours":
+            if row["provider"] != "ours" or (name == "dm" and row["method"] != "dora"):
                 assert error == plain == ""
-            elif row["backend"] == "reference":
+            elif row["backend"] == "reference" and row["method"] == "lora":
                 assert float(error) == pytest.approx(float(plain), rel=1e-6)
             else:
-                half = row["dtype"] == "bfloat16" and name in ("y", "dX")
-                assert (1e-4 if half else 1e-9) < float(error) < (1e-2 if half else 1e-5)
+                half = row["dtype"] == "bfloat16" and (name in ("y", "dX") or row["method"] == "dora")
+                assert 1e-9 < float(error) < (1e-2 if half else 1e-5)
 
 
 def test_memory_is_what_the_formulas_save(rows):
-    """Z [M, R] fp32; PEFT also saves its own fp32 copy of a bfloat16 X; dense nothing beyond its weight."""
+    """Z [M, R] fp32; PEFT also saves its own fp32 copy of a bfloat16 X; dense nothing beyond its weight.
+
+    DoRA keeps Y, which is there anyway, and two vectors [N] fp32; PEFT's DoRA far more.
+    """
     for row in rows:
         M = int(row["M"])
+        if (row["provider"], row["method"]) == ("peft", "dora"):
+            assert int(row["saved_bytes"]) > 4 * K * N
+            continue
         copy_of_x = 4 * M * K if (row["provider"], row["dtype"]) == ("peft", "bfloat16") else 0
-        saved = 0 if row["provider"] == "dense" else 4 * M * R + copy_of_x
-        assert int(row["saved_bytes"]) == saved, row
         size = 4 if row["dtype"] == "float32" else 2
+        y = size * M * N
+        saved = 0 if row["provider"] == "dense" else 4 * M * R + copy_of_x
+        saved_by_dora = y + 2 * 4 * N if row["method"] == "dora" else 0
+        assert int(row["saved_bytes"]) == saved + saved_by_dora, row
         adapters = 0 if row["provider"] == "dense" else 4 * R * (K + N)
-        assert int(row["peak_bytes"]) >= saved + size * M * (K + N) + adapters, row
+        assert int(row["peak_bytes"]) >= saved + size * M * K + y + adapters, row
         assert int(row["peak_bytes"]) >= int(row["largest_bytes"]) >= size * M * K
         assert row["resident_bytes"] == ""
 
@@ -163,7 +174,9 @@ def test_nothing_is_timed_after_a_wrong_result(bench, tmp_path, monkeypatch, wro
             )
 
     measure = importlib.import_module("measure")
-    monkeypatch.setitem(ops.BACKENDS, "reference", ops.BACKENDS["reference"]._replace(load=lambda: Corrupt))
+    monkeypatch.setitem(
+        backends.BACKENDS, "reference", backends.BACKENDS["reference"]._replace(load=lambda: Corrupt)
+    )
     monkeypatch.setattr(measure, "interleaved", lambda *args: pytest.fail("timed a wrong result"))
     name = "dX" if wrong == "nan" else wrong
     with pytest.raises(measure.Inexact, match=f"reference.*M=5 .*{name}: relative error"):
@@ -174,7 +187,11 @@ def test_nothing_is_timed_after_a_wrong_result(bench, tmp_path, monkeypatch, wro
 def test_backends_that_cannot_run_are_refused(bench, tmp_path):
     with pytest.raises(ValueError, match="backend: expected"):
         run(bench, tmp_path, "--backend", "fastest")
-    missing = [name for name, why in ops.availability("nf4", "cuda", torch.float32).items() if why]
+    missing = [
+        name
+        for name, why in backends.availability("lora_linear", "nf4", "cuda", torch.float32).items()
+        if why
+    ]
     with pytest.raises(BackendUnavailable, match=missing[0]):
         run(bench, tmp_path, "--device", "cuda", "--backend", missing[0])
 
@@ -192,11 +209,15 @@ def test_rows_of_two_runs_share_one_header(bench, tmp_path):
     assert [row["M"] for row in rows] == ["1", "1", "5", "5"]
 
 
-def test_adapted_providers_compute_the_same(bench):
+@pytest.mark.parametrize("method", METHODS)
+def test_adapted_providers_compute_the_same(bench, method):
     shape = bench.Shape(K, N, R, "cpu")
     operands = bench.make_operands(shape)
     results = []
-    for provider in (bench.Provider("peft", "float32"), bench.Provider("ours", "float32", "reference")):
+    for provider in (
+        bench.Provider("peft", "float32", method),
+        bench.Provider("ours", "float32", method, "reference"),
+    ):
         step = bench.make_step(provider, bench.make_layer(provider, operands), shape, 5)
         y = step.run()
         grads = [p.grad for p in step.layer.parameters() if p.requires_grad]
@@ -215,3 +236,15 @@ def test_strategies_are_measured():
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert [line.split()[0] for line in out[2:]] == ["as", "out_block=24", "out_block=96"]
     assert all(float(number) > 0 for line in out[2:] for number in line.split()[-2:])
+
+
+def test_runs_are_compared(bench, tmp_path, capsys):
+    losses = [1.0 / (step + 1) for step in range(30)]
+    for name, moved in (("a", 0.0), ("b", 1e-3)):
+        metrics = {"seconds": 2.0, "accuracy": 0.5, "loss": [*losses[:25], *(x + moved for x in losses[25:])]}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
+    folders = [str(tmp_path / name) for name in "ab"]
+    importlib.import_module("compare_runs").main([*folders, "--plot", str(tmp_path / "both.png")])
+    assert "0.0e+00 in the first 20 steps, 1.0e-03 in all 30" in capsys.readouterr().out
+    assert (tmp_path / "both.png").read_bytes()[:4] == b"\x89PNG"
