@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, ops
+from . import autograd, backends, ops
 from .formats import QuantizedWeight, decode_rows, rows_per_slice, slice_rows
 from .reference import accumulation_dtype
 
@@ -37,7 +37,8 @@ GATHER_CHUNK = 2**17
 ops._library.define(f"row_norms_squared({ops.WEIGHT_SCHEMA}, ScalarType dtype, str backend) -> Tensor")
 ops._library.define(
     f"lora_norm(Tensor norm_squared, Tensor terms, {ops.WEIGHT_SCHEMA}, Tensor lora_A, Tensor lora_B, "
-    "float scaling) -> Tensor"
+    "float scaling) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),  # it waits for which rows cancel
 )
 
 
@@ -74,7 +75,7 @@ def lora_weight_norm(
         lora_B: [N, R].
         scaling: s.
         norms_squared: `row_norms_squared(weight)` if known, else computed here.
-        backend: "auto" or a name of `ops.BACKENDS`; an explicit one runs or raises.
+        backend: "auto" or a name of `backends.BACKENDS`; an explicit one runs or raises.
 
     Returns:
         [N] float32 (float64 for a float64 lora_A).
@@ -115,9 +116,9 @@ def lora_weight_norm(
 def _row_norms_squared_op(*args: Any) -> Tensor:
     *fields, dtype, backend = args
     weight = QuantizedWeight(*fields)
-    name = ops.resolve(weight.format, weight.weight.device.type, dtype, backend)
+    name = backends.resolve("dequantize", weight.format, weight.weight.device.type, dtype, backend)
     # A dense slice needs no copy, which backends make.
-    dequantize = ops.BACKENDS["reference" if weight.format == "dense" else name].load().dequantize
+    dequantize = backends.BACKENDS["reference" if weight.format == "dense" else name].load().dequantize
     N, K = weight.out_features, weight.in_features
     step = rows_per_slice(weight)
     rows = max(step, CHUNK // K // step * step)

@@ -22,6 +22,7 @@ Storages are known by weak references: nothing is kept alive, and an address use
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -40,9 +41,6 @@ COMPARED_BY_CONTENT = frozenset({"cpu"})
 
 SAMPLES = 8
 """Elements of a base weight that are compared, along each of its dimensions."""
-
-PARALLEL = 2**15
-"""From this size torch compares with several threads, whose waking costs more than numpy's comparison."""
 
 _TENSORS = QuantizedWeight._fields.index("format")
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -114,7 +112,7 @@ class NormCache:
             lora_A: [R, K].
             lora_B: [N, R].
             scaling: a number, or a tensor of one element.
-            backend: "auto" or a name of `ops.BACKENDS`.
+            backend: "auto" or a name of `backends.BACKENDS`.
         """
         operands = [lora_A, lora_B, scaling] if isinstance(scaling, Tensor) else [lora_A, lora_B]
         if not _keepable(weight, operands):
@@ -210,5 +208,15 @@ def _places(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
 def _same_content(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape or a.device != b.device:
         return False
+    if a.is_contiguous() and b.is_contiguous():
+        return _memcmp()(a.data_ptr(), b.data_ptr(), a.nbytes) == 0
     a, b = (t.detach().view(_INTEGERS[t.element_size()]) for t in (a, b))  # bits: a NaN is itself
-    return torch.equal(a, b) if a.numel() < PARALLEL else bool((a.numpy() == b.numpy()).all())
+    return torch.equal(a, b)
+
+
+@functools.cache
+def _memcmp() -> Any:
+    """The C library's: a comparison by torch may wait for its other threads longer than it takes."""
+    memcmp = ctypes.CDLL(None).memcmp
+    memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    return memcmp
