@@ -5,7 +5,11 @@ the packed weight and the adapters: beyond X that is 4·M·R bytes plus M·K/8 w
 [M, N] or [N, K], and no copy of X in another dtype. Only where out_scale takes a gradient, the bias and the
 output Y are kept, by reference: no copy is made, but writing Y in place before the backward pass raises.
 
-The formula is an `autograd.Function`. In plain eager it is applied as it is; whatever has to see a
+loreft saves the m edited rows of its input [m, d], Z [m, q] fp32, the packed mask [m, d]/8 and references to
+the row indices and the small operands; the input itself, by reference, where it is edited whole. With a
+residual the rows are those of the sum, which is all that is kept of either.
+
+A formula is an `autograd.Function`. In plain eager it is applied as it is; whatever has to see a
 dispatcher op (`ops.runs_directly` decides) finds it registered at the op's Autograd key, where
 `torch.library.register_autograd` would walk the schema at every call, which costs more than a small layer.
 """
@@ -19,14 +23,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops
+from . import ops, reft_ops
 from .formats import QuantizedWeight
 from .ops import WEIGHT_FIELDS
-from .reference import Gradients, Needs
+from .reference import Gradients, Needs, ReftGradients, ReftNeeds
 
 _WEIGHT_TENSORS = sum(t == "Tensor" or t == "Tensor | None" for t in QuantizedWeight.__annotations__.values())
 
 Run = Callable[..., tuple[Tensor, Tensor]]
+RunReft = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -145,3 +150,117 @@ def _lora_linear_op(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 ops._library.impl("lora_linear", _lora_linear_op, "Autograd")
+
+
+class _LoReFT(torch.autograd.Function):
+    """Arguments of `reft_ops.loreft` after the function that runs it; differentiable in the first output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        run: RunReft,
+        h: Tensor,
+        residual: Tensor | None,
+        rows: Tensor | None,
+        projection: Tensor,
+        bias: Tensor | None,
+        basis: Tensor,
+        dropout_mask: Tensor | None,
+        *scalars: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, z, kept = run(h, residual, rows, projection, bias, basis, dropout_mask, *scalars)
+        ctx.mark_non_differentiable(z, kept)
+        ctx.set_materialize_grads(False)
+        states = h if rows is None and residual is None else kept
+        ctx.save_for_backward(states, rows, projection, bias, basis, z, dropout_mask)
+        ctx.scalars = scalars
+        return out, z, kept
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        _, needs_h, needs_residual, _, *needs_operands = ctx.needs_input_grad[:7]
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        needs = ReftNeeds(needs_h or needs_residual, *needs_operands)
+        kept, rows, projection, bias, basis, z, dropout_mask = ctx.saved_tensors
+        dh, *d_operands = _loreft_backward(
+            grad, kept, rows, projection, bias, basis, z, dropout_mask, needs, *ctx.scalars
+        )
+        return (
+            None, dh if needs_h else None, dh if needs_residual else None, None, *d_operands,
+            None, None, None, None, None,
+        )  # fmt: skip
+
+
+def _loreft_backward(
+    grad: Tensor,
+    kept: Tensor,
+    rows: Tensor | None,
+    projection: Tensor,
+    bias: Tensor | None,
+    basis: Tensor,
+    z: Tensor,
+    dropout_mask: Tensor | None,
+    needs: ReftNeeds,
+    dropout_p: float,
+    drop_state: bool,
+    act: str,
+    backend: str,
+) -> ReftGradients:
+    operands = [t for t in (grad, kept, projection, bias, basis) if t is not None]
+    args = (
+        grad, kept, rows, projection, bias, basis, z, dropout_mask, dropout_p, drop_state, act,
+    )  # fmt: skip
+    if ops.runs_directly(operands, (rows, z, dropout_mask)):
+        with torch._C._AutoDispatchBelowAutograd():
+            return reft_ops.loreft_backward(*args, needs, backend)
+    grads = torch.ops.peft_fast.loreft_backward(*args, *needs, backend)
+    return ReftGradients(*(g if needed else None for g, needed in zip(grads, needs, strict=True)))
+
+
+def loreft(
+    h: Tensor,
+    residual: Tensor | None,
+    rows: Tensor | None,
+    projection: Tensor,
+    bias: Tensor | None,
+    basis: Tensor,
+    dropout_mask: Tensor | None,
+    dropout_p: float,
+    drop_state: bool,
+    act: str,
+    backend: str,
+) -> Tensor:
+    """The first output of `reft_ops.loreft`, differentiable, and called as `lora_linear` is."""
+    operands = [t for t in (h, residual, projection, bias, basis) if t is not None]
+    args = (
+        h, residual, rows, projection, bias, basis, dropout_mask, float(dropout_p), drop_state, act, backend,
+    )  # fmt: skip
+    if not ops.runs_directly(operands, (rows, dropout_mask)):
+        return torch.ops.peft_fast.loreft(*args)[0]
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*operands):
+        return _apply_reft_directly(_reft_directly, *args)[0]
+    return _reft_directly(*args)[0]
+
+
+_apply_reft_directly = super(torch.autograd.Function, _LoReFT).apply
+
+
+def _reft_directly(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return reft_ops.loreft(*args)
+
+
+def _redispatch_reft(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.peft_fast.loreft(*args)
+
+
+def _loreft_op(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        return _LoReFT.apply(_redispatch_reft, *args)
+    return _redispatch_reft(*args)
+
+
+ops._library.impl("loreft", _loreft_op, "Autograd")

@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from . import ops
+from . import backends
 from .errors import BackendUnavailable, UnsupportedLayer, UnsupportedWeight
 from .formats import QuantizedWeight, from_linear
 from .modules import (
@@ -106,7 +106,7 @@ def accelerate(
         methods: which adapters run in the fused op: "lora", "dora" or both; others run in PEFT's forward,
             and layers with no other ones are left.
         strict: raise unless there is a LoRA layer and every one can be swapped.
-        backend: "auto" or a name of `ops.BACKENDS`, for every layer.
+        backend: "auto" or a name of `backends.BACKENDS`, for every layer.
 
     Returns:
         The report: each LoRA layer with its methods and backend, or the reason why it was left.
@@ -118,8 +118,8 @@ def accelerate(
     """
     if isinstance(methods, str) or not methods or not set(methods) <= set(METHODS):
         raise ValueError(f"methods: expected a tuple of {METHODS}, got {methods!r}")
-    if backend != "auto" and backend not in ops.BACKENDS:
-        raise ValueError(f"backend: expected 'auto' or one of {list(ops.BACKENDS)}, got {backend!r}")
+    if backend != "auto" and backend not in backends.BACKENDS:
+        raise ValueError(f"backend: expected 'auto' or one of {list(backends.BACKENDS)}, got {backend!r}")
     modules = dict(model.named_modules())
     rows = []
     for name, module in modules.items():
@@ -260,15 +260,15 @@ def _explain_op(layer: Any, weight: QuantizedWeight) -> str:
     dtype, device = _compute_dtype(layer.base_layer), weight.weight.device.type
     case = f"{weight.format} [{weight.out_features}, {weight.in_features}]{nested}, {dtype} on {device}"
     try:
-        backend = ops.resolve(weight.format, device, dtype, layer.backend)
+        backend = backends.resolve("lora_linear", weight.format, device, dtype, layer.backend)
     except BackendUnavailable as error:
         return f"lora_linear over {case}: the next forward raises BackendUnavailable: {error}"
-    ran = ops.calls["lora_linear", backend]
+    ran = backends.calls["lora_linear", backend]
     lines = [
         f"lora_linear over {case}",
         f"backend {backend} (asked for: {layer.backend}), run {ran} times in this process",
     ]
-    for name, reason in ops.availability(weight.format, device, dtype).items():
+    for name, reason in backends.availability("lora_linear", weight.format, device, dtype).items():
         if reason is not None:
             lines.append(f"backend {name} is unavailable: {reason}")
     return "\n    ".join(lines)
@@ -276,7 +276,9 @@ def _explain_op(layer: Any, weight: QuantizedWeight) -> str:
 
 def _resolve(base: Any, backend: str) -> str:
     weight = from_linear(base)
-    return ops.resolve(weight.format, weight.weight.device.type, _compute_dtype(base), backend)
+    return backends.resolve(
+        "lora_linear", weight.format, weight.weight.device.type, _compute_dtype(base), backend
+    )
 
 
 def _compute_dtype(base: Any) -> torch.dtype:

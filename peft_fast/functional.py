@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from . import autograd, dora, ops
 from .formats import QuantizedWeight, from_dense
-from .reference import accumulation_dtype, dropout_scale
+from .reference import ACTIVATIONS, accumulation_dtype, dropout_scale
 
 DROPOUTS = ("paper", "peft")
 NORM_GRADS = ("detached", "full")
+DROPOUT_ON = ("edit", "state")
 
 _SMALLEST_SCALE = {torch.float16: 2.0**-20}
 _SMALLEST_SCALE_ELSE = 2.0**-100
@@ -48,7 +49,7 @@ def lora_linear(
         dropout_p: dropout probability on the input of the low-rank branch; draws the mask that
             `F.dropout(x, p)` would draw, and only when `training`.
         training: as in `F.dropout`.
-        backend: "auto" or a name of `ops.BACKENDS`; an explicit one runs or raises.
+        backend: "auto" or a name of `backends.BACKENDS`; an explicit one runs or raises.
 
     Returns:
         Y [..., N] in the dtype of x (inside autocast, the autocast dtype).
@@ -111,7 +112,7 @@ def dora_linear(
             X_d = drop(X), in two fused calls. Without dropout they are the same.
         norm: ‖Ŵ + s·B·A‖ [N] if known (`dora.lora_weight_norm`), else computed here.
         norm_grad: "detached" takes the norm as a constant (§4.3); "full" differentiates through it.
-        backend: "auto" or a name of `ops.BACKENDS`; an explicit one runs or raises.
+        backend: "auto" or a name of `backends.BACKENDS`; an explicit one runs or raises.
 
     Returns:
         Y [..., N] in the dtype of x (inside autocast, the autocast dtype).
@@ -153,6 +154,89 @@ def dora_linear(
     other = torch.where(keep, x * (1.0 - grown), x)
     rest = autograd.lora_linear(other, weight, bias, no_A, no_B, None, None, 1.0, 0.0, backend)
     return rest.add_(adapted)
+
+
+def loreft(
+    h: Tensor,
+    basis: Tensor,
+    source: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    subtract: bool = True,
+    rows: Tensor | None = None,
+    residual: Tensor | None = None,
+    act: str = "linear",
+    dropout_p: float = 0.0,
+    dropout_on: str = "edit",
+    training: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """H + (act(H·Vᵀ + b) − H·Rᵀ)·R in the given rows of H = h + residual (LoReFT, arXiv 2404.03592, eq. 2).
+
+    One fused op; rows that are not given pass through bit by bit. Gradients flow to h, residual, basis,
+    source and bias. Computed in fp32 (fp64 for fp64 h) whatever the dtypes, inside autocast too, and rounded
+    once. Nothing but the edited rows is saved for the backward pass, h itself, by reference, without `rows`.
+
+    The paper's W is V here. LoReFT, and NoReFT with any basis, are the formula as it stands; DiReFT and
+    NodiReFT do not `subtract`; ConsReFT has no `source`; LobiReFT has neither.
+
+    Args:
+        h: hidden states [..., d], float32, float16 or bfloat16.
+        basis: R [r, d], any floating dtype, any r ≥ 0; LoReFT's has orthonormal rows, which is not checked.
+        source: V [r, d], or None for zero.
+        bias: b [r], or None for zero.
+        subtract: whether H·Rᵀ is subtracted.
+        rows: int64 [m], which rows of H to edit: unique indices into its leading dimensions, flattened. A
+            negative one is skipped, which leaves room for batches of ragged positions. None edits every row.
+        residual: [..., d] as h, added to it first as `h + residual` would, or None.
+        act: activation on H·Vᵀ + b, a key of `reference.ACTIVATIONS`; "linear" is none.
+        dropout_p: dropout probability; draws the mask of `F.dropout` on the edited rows [m, d], and only when
+            `training`.
+        dropout_on: "edit" drops what is added to H; "state" drops the sum, as pyreft does.
+        training: as in `F.dropout`.
+        backend: "auto" or a name of `backends.BACKENDS`; an explicit one runs or raises.
+
+    Returns:
+        The edited H [..., d], in the dtype of h, or the one that `h + residual` promotes to.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        BackendUnavailable: the named backend cannot run this case.
+    """
+    check_choice("act", act, tuple(ACTIVATIONS))
+    check_choice("dropout_on", dropout_on, DROPOUT_ON)
+    ops.check_probability("dropout_p", dropout_p)
+    for name, tensor in (("basis", basis), ("source", source), ("bias", bias)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+        if tensor is not None and tensor.device != h.device:
+            raise ValueError(f"{name}: expected device {h.device} (h's), got {tensor.device}")
+    if basis.dim() != 2:
+        raise ValueError(f"basis: expected [r, d], got {list(basis.shape)}")
+    if source is not None and source.shape != basis.shape:
+        raise ValueError(f"source: expected [r, d] = {list(basis.shape)}, got {list(source.shape)}")
+    if residual is not None and residual.dtype != h.dtype:
+        dtype = torch.promote_types(h.dtype, residual.dtype)
+        h, residual = h.to(dtype), residual.to(dtype)
+    acc = accumulation_dtype(h.dtype)
+    basis = basis.to(acc)
+    source = source if source is None else source.to(acc)
+    bias = bias if bias is None else bias.to(acc)
+    if source is None:
+        bias = ACTIVATIONS[act](basis.new_zeros(basis.shape[0]) if bias is None else bias)
+        act, projection = "linear", -basis if subtract else basis.new_empty(0, basis.shape[1])
+    elif not subtract:
+        projection = source
+    elif act == "linear":
+        projection = source - basis
+    else:
+        projection = torch.cat((source, basis))
+    mask = None
+    if training and dropout_p > 0.0:
+        like = h if rows is None else h.new_empty(rows.shape[0], h.shape[-1])
+        mask = torch.ops.peft_fast.dropout_mask(like, dropout_p)
+    p, on_state = dropout_p if mask is not None else 0.0, dropout_on == "state"
+    return autograd.loreft(h, residual, rows, projection, bias, basis, mask, p, on_state, act, backend)
 
 
 def _as_autocast(x: Tensor) -> Tensor:

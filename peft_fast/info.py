@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import __version__, native, ops
+from . import __version__, backends, native
 from .formats import DENSE_DTYPES, FORMATS, QuantizedWeight, code_table, from_dense
 from .functional import lora_linear
 
@@ -85,7 +85,7 @@ def cases() -> list[Case]:
         for device in _device_types()
         for format in FORMATS
         for dtype in DENSE_DTYPES
-        for backend, reason in ops.availability(format, device, dtype).items()
+        for backend, reason in backends.availability(op, format, device, dtype).items()
     ]
 
 

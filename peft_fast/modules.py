@@ -245,7 +245,7 @@ class LoRALinear(LowRankLinear):
             bias: "all" or "lora_only" also trains the bias of `base`.
             lora_bias: adds a trainable bias to the low-rank branch, scaled with it.
             adapter_dtype: dtype of A, B and lora_bias; float32 when None.
-            backend: "auto" or a name of `ops.BACKENDS`.
+            backend: "auto" or a name of `backends.BACKENDS`.
 
         Raises:
             UnsupportedLayer, UnsupportedWeight: `base` cannot be fused; it is left as it was.

@@ -1,25 +1,22 @@
-"""Op schemas, shape checks, fakes, and THE backend table.
+"""Op schemas, shape checks and fakes: of `lora_linear` and `dropout_mask`; `loreft` has its in `reft_ops.py`.
 
 `peft_fast::lora_linear` and its backward are dispatcher ops: `torch.compile` sees one opaque node, and the
-backend is resolved inside it. Only this file knows which backends exist; `resolve` picks one.
+backend is resolved inside it (`backends.resolve`).
 
-To add an op: its definition in `reference.py`, a schema and a fake here, a formula in `autograd.py`, and a
-function of the same name in each backend that carries it.
+To add an op: its definition in `reference.py`, a schema and a fake here or in a file beside this one, a
+formula in `autograd.py`, and a function of the same name in each backend that carries it.
 """
 
 from __future__ import annotations
 
-import collections
 import functools
-import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import native, reference
-from .errors import BackendUnavailable
+from . import backends, native, reference
 from .formats import QuantizedWeight
 from .reference import Gradients, Needs
 
@@ -43,99 +40,6 @@ _library.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define("dropout_mask(Tensor x, float p) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
-
-
-# ---------------------------------------------------------------------------------------------- backends
-
-
-class Backend(NamedTuple):
-    """A row of the table: `load()` gives the object with the ops, `unavailable` why a case cannot run."""
-
-    load: Callable[[], Any]
-    unavailable: Callable[[str, str, torch.dtype], str | None]
-    automatic: bool = True
-
-
-def _load_triton() -> Any:
-    from . import triton_kernels
-
-    return triton_kernels
-
-
-@functools.cache
-def _triton_import_error() -> str | None:
-    try:
-        _load_triton()
-    except ImportError as error:
-        return f"triton does not import ({error}): pip install triton"
-    return None
-
-
-def _triton_unavailable(format: str, device: str, dtype: torch.dtype) -> str | None:
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "needs a GPU tensor (on CPU tensors, set TRITON_INTERPRET=1 before triton is imported)"
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"takes float32, float16 or bfloat16 activations, got {dtype}"
-    return _triton_import_error()
-
-
-def _native(level: str, batch_invariant: bool = False) -> Backend:
-    backend = native.Level(level, batch_invariant)
-    return Backend(lambda: backend, backend.unavailable, automatic=not level and not batch_invariant)
-
-
-# In order of preference; `reference` is last and runs everything.
-BACKENDS: dict[str, Backend] = {
-    "cpu": _native(""),
-    "triton": Backend(_load_triton, _triton_unavailable),
-    **{f"cpu-{level}": _native(level) for level in native.LEVELS},
-    "cpu-batch-invariant": _native("", batch_invariant=True),
-    "reference": Backend(lambda: reference, lambda format, device, dtype: None),
-}
-
-
-def availability(format: str, device: str, dtype: torch.dtype) -> dict[str, str | None]:
-    """For each backend, None when it can run the case, else the reason why not."""
-    return {name: row.unavailable(format, device, dtype) for name, row in BACKENDS.items()}
-
-
-def resolve(format: str, device: str, dtype: torch.dtype, backend: str = "auto") -> str:
-    """The name of the backend that runs a case.
-
-    Args:
-        format: weight format, a key of `formats.FORMATS`.
-        device: device type of the activations, such as "cpu" or "cuda".
-        dtype: dtype of the activations.
-        backend: "auto", or the name of a backend, which then runs the case or raises.
-
-    Raises:
-        ValueError: `backend` is not in the table.
-        BackendUnavailable: the named backend cannot run the case; the message says why.
-    """
-    if backend == "auto":
-        return next(
-            name
-            for name, row in BACKENDS.items()
-            if row.automatic
-            and not (name == "triton" and device == "cpu")
-            and row.unavailable(format, device, dtype) is None
-        )
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected 'auto' or one of {list(BACKENDS)}, got {backend!r}")
-    reason = BACKENDS[backend].unavailable(format, device, dtype)
-    if reason is not None:
-        raise BackendUnavailable(f"backend {backend!r} cannot run {format} weights here: {reason}")
-    return backend
-
-
-calls: collections.Counter[tuple[str, str]] = collections.Counter()
-"""How often each (op, backend) ran in this process; read by `explain` and the tests."""
-
-
-def _backend(op: str, weight: QuantizedWeight, x: Tensor, backend: str) -> Any:
-    name = resolve(weight.format, x.device.type, x.dtype, backend)
-    calls[op, name] += 1
-    return BACKENDS[name].load()
 
 
 # ------------------------------------------------------------------------------------------------ checks
@@ -246,7 +150,7 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """Checks, picks a backend and runs it: (Y [..., N], Z [M, R] fp32) of x [..., K]; not differentiable."""
     check_lora_linear(x, weight, bias, lora_A, lora_B, out_scale, dropout_p)
-    y, z = _backend("lora_linear", weight, x, backend).lora_linear(
+    y, z = backends.implementation("lora_linear", weight.format, x, backend)(
         _rows(x, weight.in_features),
         weight,
         bias,
@@ -281,7 +185,7 @@ def lora_linear_backward(
 
     Only for d_out_scale, the bias and the y [..., N] of `lora_linear`.
     """
-    grads = _backend("lora_linear_backward", weight, x, backend).lora_linear_backward(
+    grads = backends.implementation("lora_linear_backward", weight.format, x, backend)(
         _rows(grad, weight.out_features),
         _rows(x, weight.in_features),
         weight,

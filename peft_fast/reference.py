@@ -3,12 +3,14 @@
 Every backend is compared with this file, and this file with PEFT, pyreft and bitsandbytes. Backends share
 these signatures. Shapes: M tokens, K in-features, N out-features, R rank.
 
-The low-rank term accumulates in fp32 (fp64 for fp64 activations), whatever the dtypes of X, A and B; the base
-term is one library GEMM in the dtype of X.
+The low-rank terms accumulate in fp32 (fp64 for fp64 activations), whatever the dtypes of their operands; the
+base term is one library GEMM in the dtype of X.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,6 +41,45 @@ class Gradients(NamedTuple):
     lora_B: Tensor | None
     bias: Tensor | None
     out_scale: Tensor | None
+
+
+class ReftNeeds(NamedTuple):
+    """Which gradients of `loreft` to compute; h stands for the residual too."""
+
+    h: bool
+    projection: bool
+    bias: bool
+    basis: bool
+
+
+class ReftGradients(NamedTuple):
+    """Gradients of `loreft`: dH [M, d] in the dtype of h, the others in their operands' shapes in fp32.
+
+    None where not needed.
+    """
+
+    h: Tensor | None
+    projection: Tensor | None
+    bias: Tensor | None
+    basis: Tensor | None
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": lambda z: z,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+}
+_SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": torch.ones_like,
+    "relu": lambda z: (z > 0).to(z.dtype),
+    "gelu": lambda z: 0.5 * (1 + torch.erf(z / 2**0.5)) + z * torch.exp(-0.5 * z * z) / (2 * math.pi) ** 0.5,
+    "tanh": lambda z: 1 - torch.tanh(z) ** 2,
+    "silu": lambda z: torch.sigmoid(z) * (1 + z * (1 - torch.sigmoid(z))),
+    "sigmoid": lambda z: torch.sigmoid(z) * (1 - torch.sigmoid(z)),
+}
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -144,6 +185,107 @@ def lora_linear_backward(
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """Ŵ [N, K], each value rounded once to `dtype`."""
     return weight.decode(dtype)
+
+
+def loreft(
+    h: Tensor,
+    residual: Tensor | None,
+    rows: Tensor | None,
+    projection: Tensor,
+    bias: Tensor | None,
+    basis: Tensor,
+    dropout_mask: Tensor | None,
+    dropout_p: float,
+    drop_state: bool,
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Edits m rows S of H = h + residual in the subspace of the r rows of the basis, leaving the others.
+
+    Z = H_S·Pᵀ + [bias; 0], U = act(Z₁) − Z₂ with Z₁ the first r columns and Z₂ the others, if any; without
+    any column U = act(bias) in every row. E = U·basis, and out_S = H_S + drop(E), or drop(H_S + E) where
+    `drop_state`. H is rounded once to h.dtype, as is out.
+
+    h, residual [M, d]; rows [m] in [0, M), unique, a negative one is skipped, None is every row;
+    P = projection [q, d] with q of 0, r, 2r, bias [r] and basis [r, d] in fp32; the packed mask is of [m, d].
+    Returns out [M, d], Z [m, q] fp32 and H_S [m, d] (both zero in skipped rows), but H_S empty, [0, d], where
+    it is h itself.
+    """
+    acc = accumulation_dtype(h.dtype)
+    states = h if residual is None else h + residual
+    kept = states if rows is None else _taken(states, rows)
+    z = kept.to(acc) @ projection.t()
+    if bias is not None and z.shape[1]:
+        z[:, : len(bias)] += bias
+    if rows is not None:
+        z[rows < 0] = 0
+    edit = _subspace_edit(z, bias, len(basis), act) @ basis
+    if drop_state:
+        edited = _dropped(kept + edit, dropout_mask, dropout_p)
+    else:
+        edited = kept + _dropped(edit, dropout_mask, dropout_p)
+    out = _with_rows(states, rows, edited)
+    return out, z, h[:0].clone() if states is h and rows is None else kept
+
+
+def loreft_backward(
+    grad: Tensor,
+    kept: Tensor,
+    rows: Tensor | None,
+    projection: Tensor,
+    bias: Tensor | None,
+    basis: Tensor,
+    z: Tensor,
+    dropout_mask: Tensor | None,
+    dropout_p: float,
+    drop_state: bool,
+    act: str,
+    needs: ReftNeeds,
+) -> ReftGradients:
+    """With G the rows S of d_out [M, d] and `kept` H_S [m, d], whichever tensor the forward left it in:
+
+    dE = drop(G), dU = dE·basisᵀ, dZ₁ = dU ⊙ act'(Z₁), dZ₂ = −dU; dP = dZᵀ·H_S, dbias = Σ_m dZ₁,
+    d_basis = Uᵀ·dE, dH_S = (dE where `drop_state`, else G) + dZ·P, and dH = d_out in the other rows.
+    """
+    g = (grad if rows is None else _taken(grad, rows)).to(z.dtype)
+    d_edit = _dropped(g, dropout_mask, dropout_p)
+    d_u = d_edit @ basis.t()
+    d_first = d_u * _SLOPES[act](_first(z, bias, len(basis)))
+    d_z = torch.cat((d_first, -d_u), 1)[:, : z.shape[1]]
+    dh = d_projection = dbias = d_basis = None
+    if needs.h:
+        dh = _with_rows(grad, rows, (d_edit if drop_state else g) + d_z @ projection)
+    if needs.projection:
+        d_projection = d_z.t() @ kept.to(z.dtype)
+    if needs.bias:
+        dbias = d_first.sum(0)
+    if needs.basis:
+        d_basis = _subspace_edit(z, bias, len(basis), act).t() @ d_edit
+    return ReftGradients(dh, d_projection, dbias, d_basis)
+
+
+def _first(z: Tensor, bias: Tensor | None, r: int) -> Tensor:
+    """Z₁ [m, r]: what the activation of `loreft` is applied to."""
+    return z[:, :r] if bias is None or z.shape[1] else bias.expand(len(z), r)
+
+
+def _subspace_edit(z: Tensor, bias: Tensor | None, r: int, act: str) -> Tensor:
+    """U [m, r] of `loreft`."""
+    u = ACTIVATIONS[act](_first(z, bias, r))
+    return u - z[:, r:] if z.shape[1] > r else u
+
+
+def _taken(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows], zero where the index is negative."""
+    taken = x.new_zeros(len(rows), x.shape[1])
+    taken[rows >= 0] = x[rows[rows >= 0]]
+    return taken
+
+
+def _with_rows(x: Tensor, rows: Tensor | None, values: Tensor) -> Tensor:
+    """A copy of x with the rows that are not negative replaced, all of them for None."""
+    if rows is None:
+        return values.to(x.dtype)
+    return x.index_copy(0, rows[rows >= 0], values[rows >= 0].to(x.dtype))
 
 
 def _dropped(x: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import bitsandbytes.functional as bnb
 import torch
@@ -10,7 +11,7 @@ from tolerances import assert_as_exact
 from torch import Tensor
 
 import peft_fast.autograd  # noqa: F401, registers the formula of the op
-from peft_fast import formats, reference
+from peft_fast import backends, formats, reference
 from peft_fast.formats import QuantizedWeight
 
 
@@ -30,6 +31,16 @@ def make_weight(
 def device_of(backend: str) -> str:
     """Where a backend is tested: the native ones on the CPU, the others on a GPU when there is one."""
     return "cuda" if torch.cuda.is_available() and not backend.startswith("cpu") else "cpu"
+
+
+def backends_of(op: str, format: str) -> list[str]:
+    """Every backend that runs an op here; the native ones one level at a time, in their usual way."""
+    return [
+        name
+        for name, row in backends.BACKENDS.items()
+        if name not in ("cpu", "cpu-batch-invariant")
+        and row.reason(op, format, device_of(name), torch.float32) is None
+    ]
 
 
 def on(device: str, weight: QuantizedWeight) -> QuantizedWeight:
@@ -53,13 +64,38 @@ def make_scale(N: int, dtype: torch.dtype) -> Tensor:
 
 FORMATS = ("dense", "nf4", "fp4")
 HALF = (torch.float16, torch.bfloat16)
-LEAVES = ("x", "lora_A", "lora_B", "bias", "out_scale")
-"""The operands of a `Case` that take gradients."""
+
+
+class _Operands:
+    """What the cases of all ops can do; `leaves` names the operands that take gradients."""
+
+    leaves: ClassVar[tuple[str, ...]]
+
+    def on(self, backend: str) -> _Operands:
+        """The same case where `backend` runs."""
+        device = device_of(backend)
+
+        def move(value):
+            if isinstance(value, QuantizedWeight):
+                return on(device, value)
+            return value.to(device) if torch.is_tensor(value) else value
+
+        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+    def run(self, backend: str) -> dict[str, Tensor]:
+        """Output and every gradient through the op and its autograd formula, on the CPU."""
+        return {name: t.cpu() for name, t in self.on(backend)._run(backend).items()}
+
+    def _leaves(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        given = {name: getattr(self, name) for name in self.leaves if getattr(self, name) is not None}
+        return {name: t.detach().to(dtype or t.dtype).requires_grad_() for name, t in given.items()}
 
 
 @dataclass
-class Case:
+class Case(_Operands):
     """Operands of one `lora_linear` call."""
+
+    leaves = ("x", "lora_A", "lora_B", "bias", "out_scale")
 
     x: Tensor
     weight: QuantizedWeight
@@ -101,26 +137,8 @@ class Case:
             out_scale=make_scale(N, reference.accumulation_dtype(dtype)) if out_scale else None,
         )
 
-    def on(self, backend: str) -> Case:
-        """The same case where `backend` runs."""
-        device = device_of(backend)
-
-        def move(value):
-            return value.to(device) if torch.is_tensor(value) else value
-
-        moved = {f.name: move(getattr(self, f.name)) for f in fields(self) if f.name != "weight"}
-        return Case(weight=on(device, self.weight), **moved)
-
-    def run(self, backend: str) -> dict[str, Tensor]:
-        """Output and every gradient through the op and its autograd formula, on the CPU."""
-        return {name: t.cpu() for name, t in self.on(backend)._run(backend).items()}
-
     def _run(self, backend: str) -> dict[str, Tensor]:
-        leaves = {
-            name: getattr(self, name).detach().requires_grad_()
-            for name in LEAVES
-            if getattr(self, name) is not None
-        }
+        leaves = self._leaves()
         y, _ = torch.ops.peft_fast.lora_linear(
             leaves["x"], *self.weight, leaves.get("bias"), leaves["lora_A"], leaves["lora_B"],
             self.mask, leaves.get("out_scale"), self.scaling, self.dropout_p, backend,
@@ -134,12 +152,7 @@ class Case:
         In `dtype`, or as PEFT does it: the base in the dtype of x, the low-rank branch in the adapters'. Then
         the gradient of out_scale is taken from the rounded output, which is all that a backend is given.
         """
-        cast = (lambda t: t.to(dtype)) if dtype else (lambda t: t)
-        leaves = {
-            name: cast(getattr(self, name).detach()).requires_grad_()
-            for name in LEAVES
-            if getattr(self, name) is not None
-        }
+        leaves = self._leaves(dtype)
         x, lora_A, lora_B = leaves["x"], leaves["lora_A"], leaves["lora_B"]
         scale, bias = leaves.get("out_scale"), leaves.get("bias")
         base = torch.nn.functional.linear(x, self.weight.decode(x.dtype), bias if scale is None else None)
@@ -151,7 +164,7 @@ class Case:
         if scale is not None:
             y = y * scale if bias is None else y * scale + bias
         y = y.to(x.dtype)
-        y.backward(cast(self.grad))
+        y.backward(self.grad.to(dtype or y.dtype))
         grads = {f"d{name}": leaf.grad for name, leaf in leaves.items()}
         if scale is not None and dtype is None:
             kept = y.detach().to(scale.dtype) - (0 if bias is None else bias.detach())
@@ -159,7 +172,98 @@ class Case:
         return {"y": y.detach(), **grads}
 
 
-def check(case: Case, backend: str) -> None:
+@dataclass
+class ReftCase(_Operands):
+    """Operands of one `loreft` call."""
+
+    leaves = ("h", "residual", "projection", "bias", "basis")
+
+    h: Tensor
+    residual: Tensor | None
+    rows: Tensor | None
+    projection: Tensor
+    bias: Tensor | None
+    basis: Tensor
+    mask: Tensor | None
+    dropout_p: float
+    drop_state: bool
+    act: str
+    grad: Tensor
+
+    @classmethod
+    def make(
+        cls,
+        shape: tuple[int, ...],
+        d: int,
+        r: int,
+        *,
+        terms: int = 1,
+        rows: list[int] | None = None,
+        act: str = "linear",
+        dtype: torch.dtype = torch.float32,
+        residual: bool = False,
+        bias: bool = True,
+        dropout_p: float = 0.0,
+        drop_state: bool = False,
+    ) -> ReftCase:
+        """With a projection of `terms` times r rows."""
+        acc = reference.accumulation_dtype(dtype)
+        h = torch.randn(*shape, d, dtype=dtype)
+        m = h.numel() // d if rows is None else len(rows)
+        return cls(
+            h,
+            torch.randn_like(h) if residual else None,
+            None if rows is None else torch.tensor(rows, dtype=torch.int64),
+            torch.randn(terms * r, d, dtype=acc) / d**0.5,
+            torch.randn(r, dtype=acc) if bias else None,
+            torch.randn(r, d, dtype=acc),
+            torch.ops.peft_fast.dropout_mask(torch.empty(m, d), dropout_p) if dropout_p else None,
+            dropout_p,
+            drop_state,
+            act,
+            torch.randn_like(h),
+        )
+
+    def args(self, leaves: dict[str, Tensor], backend: str) -> tuple:
+        """The arguments of the op, with `leaves` for the operands of these names."""
+        given = {f.name: leaves.get(f.name, getattr(self, f.name)) for f in fields(self)}
+        return (*list(given.values())[:-1], backend)
+
+    def _run(self, backend: str) -> dict[str, Tensor]:
+        leaves = self._leaves()
+        y, _, _ = torch.ops.peft_fast.loreft(*self.args(leaves, backend))
+        y.backward(self.grad)
+        return {"y": y.detach(), **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}
+
+    def plain(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The same in ordinary PyTorch, differentiated by autograd: in `dtype`, or with the edit in fp32."""
+        leaves = self._leaves(dtype)
+        P, R, bias = leaves["projection"], leaves["basis"], leaves.get("bias")
+        d, r = self.h.shape[-1], len(R)
+        states = leaves["h"] + leaves["residual"] if "residual" in leaves else leaves["h"]
+        flat = states.reshape(-1, d)
+        rows = torch.arange(len(flat)) if self.rows is None else self.rows
+        keep = torch.ones(len(rows), d)
+        if self.mask is not None:
+            keep = reference.unpack_mask(self.mask, d) * reference.dropout_scale(self.dropout_p)
+        rows, keep = rows[rows >= 0], keep[rows >= 0].to(P.dtype)
+        selected = flat[rows].to(P.dtype)
+        activation = getattr(torch.nn.functional, self.act) if self.act != "linear" else torch.clone
+        if len(P) == 0:
+            edit = (torch.zeros(len(rows), r, dtype=P.dtype) if bias is None else activation(bias)) @ R
+            edit = edit.expand(len(rows), d)
+        else:
+            first = selected @ P[:r].t()
+            edit = activation(first if bias is None else first + bias)
+            edit = (edit if len(P) == r else edit - selected @ P[r:].t()) @ R
+        edited = (selected + edit) * keep if self.drop_state else selected + edit * keep
+        y = flat.index_put((rows,), edited.to(flat.dtype)).view(self.h.shape)
+        y.backward(self.grad.to(y.dtype))
+        grads = {f"d{n}": torch.zeros_like(t) if t.grad is None else t.grad for n, t in leaves.items()}
+        return {"y": y.detach(), **grads}
+
+
+def check(case: Case | ReftCase, backend: str) -> None:
     """Output and every gradient are as exact as plain PyTorch."""
     got, plain, truth = case.run(backend), case.plain(), case.plain(torch.float64)
     assert got.keys() == truth.keys()

@@ -9,9 +9,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-from cases import device_of
-
-from peft_fast import ops
+from cases import backends_of
 
 
 @pytest.fixture(autouse=True)
@@ -27,17 +25,7 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-def backends() -> list[str]:
-    """Every backend that this machine runs; the native ones one level at a time, in their usual way."""
-    return [
-        name
-        for name, row in ops.BACKENDS.items()
-        if name not in ("cpu", "cpu-batch-invariant")
-        and row.unavailable("nf4", device_of(name), torch.float32) is None
-    ]
-
-
-@pytest.fixture(params=backends())
+@pytest.fixture(params=backends_of("lora_linear", "nf4"))
 def backend(request):
     return request.param
 

@@ -12,7 +12,7 @@ from tolerances import assert_as_exact
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from peft_fast import accelerate, ops
+from peft_fast import accelerate, backends
 from peft_fast.formats import from_linear
 
 KINDS = ("dense", "nf4")
@@ -127,7 +127,7 @@ def truth_of(stock: nn.Module) -> nn.Module:
 
 
 def fused_calls() -> int:
-    return sum(count for (op, _), count in ops.calls.items() if op == "lora_linear")
+    return sum(count for (op, _), count in backends.calls.items() if op == "lora_linear")
 
 
 def run(

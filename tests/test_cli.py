@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from peft_fast import cli, config, ops, reference
+from peft_fast import backends, cli, config, reference
 
 
 def call(monkeypatch, capsys, *arguments):
@@ -116,15 +116,15 @@ def test_info_as_json(monkeypatch, capsys):
     assert "self_test" not in found
     rows = {(r["backend"], r["device"], r["format"], r["dtype"]): r["reason"] for r in found["backends"]}
     assert rows["reference", "cpu", "nf4", "bfloat16"] is None
-    assert {r["backend"] for r in found["backends"]} == set(ops.BACKENDS)
+    assert {r["backend"] for r in found["backends"]} == set(backends.BACKENDS)
     for (backend, device, format, dtype), reason in rows.items():
-        assert reason == ops.availability(format, device, getattr(torch, dtype))[backend]
+        assert reason == backends.availability("lora_linear", format, device, getattr(torch, dtype))[backend]
 
 
 def test_info_says_why_a_backend_is_missing(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
-    row = ops.BACKENDS["cpu"]._replace(unavailable=lambda *_: "the moon is full")
-    monkeypatch.setitem(ops.BACKENDS, "cpu", row)
+    row = backends.BACKENDS["cpu"]._replace(unavailable=lambda *_: "the moon is full")
+    monkeypatch.setitem(backends.BACKENDS, "cpu", row)
     code, out, _ = call(monkeypatch, capsys, "info")
     assert code == 0
     assert "the moon is full" in out
@@ -141,7 +141,7 @@ def test_self_test_checks_every_available_case(monkeypatch, capsys):
 
 @pytest.mark.parametrize("part", ["forward", "dX", "raises", "nan"])
 def test_self_test_finds_a_broken_backend(monkeypatch, capsys, part):
-    monkeypatch.setattr(ops, "BACKENDS", {"reference": ops.BACKENDS["reference"]})
+    monkeypatch.setattr(backends, "BACKENDS", {"reference": backends.BACKENDS["reference"]})
     forward, backward = reference.lora_linear, reference.lora_linear_backward
 
     def wrong_forward(*args):

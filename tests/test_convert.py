@@ -304,18 +304,18 @@ def test_arguments_are_checked():
 
 
 def test_an_explicit_backend_runs_or_raises(monkeypatch):
-    from peft_fast import ops
+    from peft_fast import backends
 
     model = stock_net("dense")
-    unavailable = ops.BACKENDS["triton"]._replace(unavailable=lambda *_: "no such machine")
-    monkeypatch.setitem(ops.BACKENDS, "triton", unavailable)
+    unavailable = backends.BACKENDS["triton"]._replace(unavailable=lambda *_: "no such machine")
+    monkeypatch.setitem(backends.BACKENDS, "triton", unavailable)
     with pytest.raises(BackendUnavailable, match="no such machine"):
         accelerate(model, backend="triton")
     assert all(type(layer) is peft_lora.Linear for layer in lora_layers(model))
     accelerate(model, backend="reference")
-    before = ops.calls["lora_linear", "reference"]
+    before = backends.calls["lora_linear", "reference"]
     model(inputs())
-    assert ops.calls["lora_linear", "reference"] == before + 2
+    assert backends.calls["lora_linear", "reference"] == before + 2
     for layer in lora_layers(model):
         layer.backend = "triton"
     assert "the next forward raises BackendUnavailable" in explain(model)

@@ -13,7 +13,7 @@ from tolerances import assert_as_exact, relative_error
 from torch import nn
 from torch.nn import functional as F
 
-from peft_fast import DoRALinear, UnsupportedLayer, UnsupportedWeight, explain, formats, ops
+from peft_fast import DoRALinear, UnsupportedLayer, UnsupportedWeight, backends, explain, formats
 
 NAMES = ("y", "x", "lora_A", "lora_B", "magnitude", "bias")
 
@@ -255,9 +255,9 @@ def test_moves_and_casts_like_any_module():
 
 def test_an_explicit_backend_runs():
     layer, x = trained(make_base("nf4"), backend="reference"), torch.randn(3, K)
-    before = ops.calls["lora_linear", "reference"]
+    before = backends.calls["lora_linear", "reference"]
     layer(x)
-    assert ops.calls["lora_linear", "reference"] == before + 2  # the norm, and the layer
+    assert backends.calls["lora_linear", "reference"] == before + 2  # the norm, and the layer
     assert "DoRALinear: r=5, scaling=1.4, dropout='paper', norm_grad='detached'" in explain(layer)
     assert "dropout='paper'" in repr(layer)
 

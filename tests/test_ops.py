@@ -5,7 +5,7 @@ import torch
 from cases import FORMATS, HALF, Case, check, make_weight
 from tolerances import assert_as_exact
 
-from peft_fast import BackendUnavailable, formats, ops, reference
+from peft_fast import BackendUnavailable, backends, formats, reference
 from peft_fast.functional import lora_linear
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -248,9 +248,9 @@ def test_saves_only_x_and_small_things(scaled):
 
 def test_a_fused_call_is_counted(backend):
     case = Case.make("nf4", (3,), 64, 32, 4, dropout_p=0.1)
-    before = ops.calls["lora_linear", backend], ops.calls["lora_linear_backward", backend]
+    before = backends.calls["lora_linear", backend], backends.calls["lora_linear_backward", backend]
     case.run(backend)
-    after = ops.calls["lora_linear", backend], ops.calls["lora_linear_backward", backend]
+    after = backends.calls["lora_linear", backend], backends.calls["lora_linear_backward", backend]
     assert after == (before[0] + 1, before[1] + 1)
 
 
@@ -287,15 +287,15 @@ def test_bad_input_names_the_argument(argument, change):
 
 def test_an_explicit_backend_runs_or_raises():
     with pytest.raises(BackendUnavailable, match="float64"):
-        ops.resolve("nf4", "cpu", torch.float64, "cpu")
+        backends.resolve("lora_linear", "nf4", "cpu", torch.float64, "cpu")
     with pytest.raises(BackendUnavailable, match="got cuda"):
-        ops.resolve("nf4", "cuda", torch.float32, "cpu")
-    assert ops.resolve("nf4", "cpu", torch.float64) == "reference"
-    assert ops.resolve("nf4", "cpu", torch.float32) == "cpu"
+        backends.resolve("lora_linear", "nf4", "cuda", torch.float32, "cpu")
+    assert backends.resolve("lora_linear", "nf4", "cpu", torch.float64) == "reference"
+    assert backends.resolve("lora_linear", "nf4", "cpu", torch.float32) == "cpu"
 
 
 def test_the_reference_is_last_and_runs_everything():
-    assert list(ops.BACKENDS)[-1] == "reference"
+    assert list(backends.BACKENDS)[-1] == "reference"
     for format in formats.FORMATS:
         for dtype in (torch.float64, torch.float32, *HALF):
-            assert ops.availability(format, "cpu", dtype)["reference"] is None
+            assert backends.availability("lora_linear", format, "cpu", dtype)["reference"] is None

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import peft_fast
-from peft_fast import native, ops
+from peft_fast import backends, native
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,10 +37,10 @@ def test_a_missing_extension_is_said_with_the_command_that_builds_it(tmp_path, m
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     native.load_error.cache_clear()
     try:
-        reason = ops.availability("nf4", "cpu", torch.float32)["cpu"]
+        reason = backends.availability("lora_linear", "nf4", "cpu", torch.float32)["cpu"]
         assert "not built" in reason
         assert "pip install --no-build-isolation -e ." in reason
-        assert ops.resolve("nf4", "cpu", torch.float32) == "reference"
+        assert backends.resolve("lora_linear", "nf4", "cpu", torch.float32) == "reference"
     finally:
         native.load_error.cache_clear()
 

@@ -1,0 +1,118 @@
+"""THE backend table: only this file knows which backends exist, and `resolve` picks one.
+
+A backend is an object that has an op as a function with the signature of `reference.py`. It may lack ops: it
+is then unavailable for them.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native, reference
+from .errors import BackendUnavailable
+
+
+class Backend(NamedTuple):
+    """A row of the table: `load()` gives the object with the ops, `unavailable` why a case cannot run."""
+
+    load: Callable[[], Any]
+    unavailable: Callable[[str, str, torch.dtype], str | None]
+    automatic: bool = True
+
+    def reason(self, op: str, format: str, device: str, dtype: torch.dtype) -> str | None:
+        """Why this backend cannot run an op on a case; None when it can."""
+        reason = self.unavailable(format, device, dtype)
+        if reason is None and not hasattr(self.load(), op):
+            return f"it has no {op}"
+        return reason
+
+
+def _load_triton() -> Any:
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+@functools.cache
+def _triton_import_error() -> str | None:
+    try:
+        _load_triton()
+    except ImportError as error:
+        return f"triton does not import ({error}): pip install triton"
+    return None
+
+
+def _triton_unavailable(format: str, device: str, dtype: torch.dtype) -> str | None:
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "needs a GPU tensor (on CPU tensors, set TRITON_INTERPRET=1 before triton is imported)"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"takes float32, float16 or bfloat16 activations, got {dtype}"
+    return _triton_import_error()
+
+
+def _native(level: str, batch_invariant: bool = False) -> Backend:
+    backend = native.Level(level, batch_invariant)
+    return Backend(lambda: backend, backend.unavailable, automatic=not level and not batch_invariant)
+
+
+# In order of preference; `reference` is last and runs everything.
+BACKENDS: dict[str, Backend] = {
+    "cpu": _native(""),
+    "triton": Backend(_load_triton, _triton_unavailable),
+    **{f"cpu-{level}": _native(level) for level in native.LEVELS},
+    "cpu-batch-invariant": _native("", batch_invariant=True),
+    "reference": Backend(lambda: reference, lambda format, device, dtype: None),
+}
+
+
+def availability(op: str, format: str, device: str, dtype: torch.dtype) -> dict[str, str | None]:
+    """For each backend, None when it can run the case, else the reason why not."""
+    return {name: row.reason(op, format, device, dtype) for name, row in BACKENDS.items()}
+
+
+def resolve(op: str, format: str, device: str, dtype: torch.dtype, backend: str = "auto") -> str:
+    """The name of the backend that runs a case.
+
+    Args:
+        op: name of a function of `reference.py`.
+        format: weight format, a key of `formats.FORMATS`; "dense" for ops without a base weight.
+        device: device type of the activations, such as "cpu" or "cuda".
+        dtype: dtype of the activations.
+        backend: "auto", or the name of a backend, which then runs the case or raises.
+
+    Raises:
+        ValueError: `backend` is not in the table.
+        BackendUnavailable: the named backend cannot run the case; the message says why.
+    """
+    if backend == "auto":
+        return next(
+            name
+            for name, row in BACKENDS.items()
+            if row.automatic
+            and not (name == "triton" and device == "cpu")
+            and row.reason(op, format, device, dtype) is None
+        )
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected 'auto' or one of {list(BACKENDS)}, got {backend!r}")
+    reason = BACKENDS[backend].reason(op, format, device, dtype)
+    if reason is not None:
+        raise BackendUnavailable(f"backend {backend!r} cannot run {op} over {format} here: {reason}")
+    return backend
+
+
+calls: collections.Counter[tuple[str, str]] = collections.Counter()
+"""How often each (op, backend) ran in this process; read by `explain` and the tests."""
+
+
+def implementation(op: str, format: str, x: Tensor, backend: str) -> Callable[..., Any]:
+    """The function that runs an op on activations like x; the call that follows is counted."""
+    name = resolve(op, format, x.device.type, x.dtype, backend)
+    calls[op, name] += 1
+    return getattr(BACKENDS[name].load(), op)
