@@ -1,7 +1,8 @@
 """In-place swap of PEFT's LoRA layers for fused ones: `accelerate(model)`, undone by `restore(model)`.
 
 A layer keeps its modules, parameters, hooks and state-dict keys; only its `__class__` becomes a subclass of
-PEFT's own (see `peft_layers`). `explain(module)` tells what runs, with which backend, and why.
+PEFT's own (see `peft_layers`), or of bitsandbytes' for a 4-bit layer without an adapter (`base_layers`).
+`explain(module)` tells what runs, with which backend, and why.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from . import backends
+from .base_layers import FUSED_BASES, STOCK_BASES, FusedBase
 from .errors import BackendUnavailable, UnsupportedLayer, UnsupportedWeight
 from .formats import QuantizedWeight, from_linear
 from .modules import (
@@ -32,13 +34,21 @@ from .weight_reads import reads_weight
 if TYPE_CHECKING:
     from rich.table import Table
 
+ALL = (*METHODS, "base")
+
 # bitsandbytes' switch for repacking a Linear4bit in place, and where its former value is kept for `restore`.
 _REPACKS = "support_avx512bf16_for_cpu"
 _REPACKED_BEFORE = "_peft_fast_repacked_before"
 
 
+EXPLAINED = (LowRankLinear, LoraLayer, FusedBase)
+
+_FUSED = {**FUSED, **FUSED_BASES}
+_STOCK = {**STOCK, **STOCK_BASES}
+
+
 class Row(NamedTuple):
-    """One LoRA layer: its methods and the backend that runs them, or the reason why it is left to PEFT."""
+    """One layer: its methods and the backend that runs them, or the reason why it is left as it is."""
 
     name: str
     method: str | None
@@ -55,7 +65,7 @@ class Row(NamedTuple):
 
 
 class Report:
-    """What `accelerate` did: one `Row` for each LoRA layer. Prints as a table, in colour with rich."""
+    """What `accelerate` did, a `Row` for each layer. Prints as a table, in colour with rich."""
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
@@ -70,7 +80,7 @@ class Report:
 
     @property
     def title(self) -> str:
-        return f"{len(self.fused)} layers fused, {len(self.left)} left to PEFT"
+        return f"{len(self.fused)} layers fused, {len(self.left)} left as they were"
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -93,31 +103,34 @@ class Report:
 
 
 def accelerate(
-    model: nn.Module, *, methods: tuple[str, ...] = METHODS, strict: bool = False, backend: str = "auto"
+    model: nn.Module, *, methods: tuple[str, ...] = ALL, strict: bool = False, backend: str = "auto"
 ) -> Report:
-    """Swaps each LoRA layer of PEFT in `model` for a fused one, in place; a second call finds them swapped.
+    """Swaps PEFT's LoRA layers and bitsandbytes' 4-bit layers in `model` for fused ones, in place.
+
+    A second call finds them swapped.
 
     Adapters added, switched, merged or deleted later need no further call. Warns when nothing was swapped.
     bitsandbytes is kept from repacking 4-bit weights of `model` in place at an eval forward on the CPU, which
     would lose gradients and change what is saved.
 
     Args:
-        model: a `PeftModel`, or any module that contains PEFT's layers.
-        methods: which adapters run in the fused op: "lora", "dora" or both; others run in PEFT's forward,
-            and layers with no other ones are left.
-        strict: raise unless there is a LoRA layer and every one can be swapped.
+        model: a `PeftModel`, or any module that contains layers of PEFT or bitsandbytes.
+        methods: what runs in the fused op: adapters that are "lora" or "dora", and as "base" a `Linear4bit`
+            without a LoRA layer around it. Other adapters run in PEFT's forward, and layers without a fused
+            one are left.
+        strict: raise unless there is such a layer and every one can be swapped.
         backend: "auto" or a name of `backends.BACKENDS`, for every layer.
 
     Returns:
-        The report: each LoRA layer with its methods and backend, or the reason why it was left.
+        The report: each layer with its methods and backend, or the reason why it was left.
 
     Raises:
         UnsupportedLayer: with `strict`; the message holds every reason, and nothing was changed.
         BackendUnavailable: the named backend cannot run a layer; nothing was changed.
         ValueError: `methods` or `backend` is not known.
     """
-    if isinstance(methods, str) or not methods or not set(methods) <= set(METHODS):
-        raise ValueError(f"methods: expected a tuple of {METHODS}, got {methods!r}")
+    if isinstance(methods, str) or not methods or not set(methods) <= set(ALL):
+        raise ValueError(f"methods: expected a tuple of {ALL}, got {methods!r}")
     if backend != "auto" and backend not in backends.BACKENDS:
         raise ValueError(f"backend: expected 'auto' or one of {list(backends.BACKENDS)}, got {backend!r}")
     modules = dict(model.named_modules())
@@ -128,21 +141,26 @@ def accelerate(
             if reason is not None:
                 rows.append(Row(name, None, None, reason))
             else:
-                carried = ", ".join(_methods(module, methods)) or "no adapter"
-                rows.append(Row(name, carried, _resolve(module.base_layer, backend), None))
+                named = ", ".join(_methods(module, methods)) or "no adapter"
+                rows.append(Row(name, named, _resolve(module.base_layer, backend), None))
+    if "base" in methods:
+        rows += _bare_rows(modules, backend)
     report = Report(rows)
     if strict and (report.left or not report.fused):
-        raise UnsupportedLayer(f"model: expected only LoRA layers that can be fused, got {report}")
+        raise UnsupportedLayer(f"model: expected only layers that can be fused, got {report}")
     if not report.fused:
         warnings.warn(f"accelerate: {report}", stacklevel=2)
     for row in report.left:
         _restore_layer(modules[row.name])
     for row in report.fused:
         layer: Any = modules[row.name]
-        if is_linear4bit(layer.base_layer):
-            warn_slow_compute_dtype(layer.base_layer, layer.base_layer.weight.quant_state.dtype)
-        layer.__class__ = FUSED.get(type(layer), type(layer))
-        layer.backend, layer.methods, layer.norms = backend, tuple(methods), NormCache()
+        base: Any = layer.base_layer if isinstance(layer, LoraLayer) else layer
+        if is_linear4bit(base):
+            warn_slow_compute_dtype(base, base.weight.quant_state.dtype)
+        layer.__class__ = _FUSED.get(type(layer), type(layer))
+        layer.backend = backend
+        if layer is not base:
+            layer.methods, layer.norms = tuple(methods), NormCache()
     if report.fused:
         _protect_from_repacking(modules.values())
     return report
@@ -159,10 +177,11 @@ def restore(model: nn.Module) -> int:
 
 
 def _restore_layer(layer: Any) -> bool:
-    if type(layer) not in STOCK:
+    if type(layer) not in _STOCK:
         return False
-    layer.__class__ = STOCK[type(layer)]
-    del layer.backend, layer.methods, layer.norms
+    layer.__class__ = _STOCK[type(layer)]
+    for name in ("backend", "methods", "norms"):
+        layer.__dict__.pop(name, None)
     return True
 
 
@@ -178,17 +197,36 @@ def _swap_reason(layer: Any, methods: tuple[str, ...]) -> str | None:
     """Why `layer` cannot be swapped, whichever adapter is active; None when it can."""
     if type(layer) not in FUSED and type(layer) not in STOCK:
         return f"{type(layer).__module__}.{type(layer).__name__} has no fused counterpart"
-    if "forward" in layer.__dict__:
-        return "the layer has a forward of its own, as device_map offloading sets"
-    if (reason := base_reason(layer.base_layer)) is not None:
+    if (reason := _unfusable(layer, layer.base_layer)) is not None:
         return reason
-    try:
-        check_base(layer.base_layer)
-    except (UnsupportedLayer, UnsupportedWeight) as error:
-        return str(error)
     if layer.lora_A and not _methods(layer, methods):
         return next(method_reason(layer, adapter, methods) for adapter in layer.lora_A)
     return None
+
+
+def _unfusable(layer: Any, base: Any) -> str | None:
+    """Why no fused forward can stand in for that of `layer`, over `base`; None when one can."""
+    if "forward" in layer.__dict__:
+        return "the layer has a forward of its own, as device_map offloading sets"
+    if (reason := base_reason(base)) is not None:
+        return reason
+    try:
+        check_base(base)
+    except (UnsupportedLayer, UnsupportedWeight) as error:
+        return str(error)
+    return None
+
+
+def _bare_rows(modules: dict[str, nn.Module], backend: str) -> list[Row]:
+    """A row for each 4-bit layer that is not the base of a LoRA layer, which has a row itself."""
+    rows = []
+    for name, layer in modules.items():
+        above = modules.get(name.rpartition(".")[0])
+        if is_linear4bit(layer) and not isinstance(above, LowRankLinear | LoraLayer):
+            reason = _unfusable(layer, layer)
+            method, runs_on = (None, None) if reason else ("base", _resolve(layer, backend))
+            rows.append(Row(name, method, runs_on, reason))
+    return rows
 
 
 def _methods(layer: Any, methods: tuple[str, ...]) -> list[str]:
@@ -215,10 +253,10 @@ def explain(module: nn.Module) -> str:
 
     For a fused layer, a LoRA layer of PEFT, a `LoRALinear` or `DoRALinear`; for a model, for each of them.
     """
-    if isinstance(module, LowRankLinear | LoraLayer):
+    if isinstance(module, EXPLAINED):
         return _explain_layer(module)
     modules = dict(module.named_modules())
-    layers = {name: m for name, m in modules.items() if isinstance(m, LowRankLinear | LoraLayer)}
+    layers = {name: m for name, m in modules.items() if isinstance(m, EXPLAINED)}
     if not layers:
         return f"{type(module).__name__}: its own forward runs; neither it nor a module in it is a LoRA layer"
     return "\n".join(
@@ -229,7 +267,10 @@ def explain(module: nn.Module) -> str:
 def _explain_layer(layer: Any, reader_reason: str | None = None) -> str:
     kind = type(layer).__name__
     reason: str | None
-    if isinstance(layer, LowRankLinear):
+    base = layer if isinstance(layer, FusedBase) else layer.base_layer
+    if layer is base:
+        applied = "no adapter, the base alone"
+    elif isinstance(layer, LowRankLinear):
         applied = f"r={layer.r}, scaling={layer.scaling:g}"
         if isinstance(layer, DoRALinear):
             applied += f", dropout={layer.dropout!r}, norm_grad={layer.norm_grad!r}"
@@ -249,15 +290,15 @@ def _explain_layer(layer: Any, reader_reason: str | None = None) -> str:
                 f"{name} adapter {adapter!r}, r={layer.r[adapter]}, scaling={float(layer.scaling[adapter]):g}"
             )
     try:
-        weight = from_linear(layer.base_layer)
+        weight = from_linear(base)
     except UnsupportedWeight as error:
         return f"{kind}: the next forward raises UnsupportedWeight: {error}"
-    return "\n    ".join((f"{kind}: {applied}", _explain_op(layer, weight)))
+    return "\n    ".join((f"{kind}: {applied}", _explain_op(layer, base, weight)))
 
 
-def _explain_op(layer: Any, weight: QuantizedWeight) -> str:
+def _explain_op(layer: Any, base: Any, weight: QuantizedWeight) -> str:
     nested = ", nested absmax" if weight.nested else ""
-    dtype, device = _compute_dtype(layer.base_layer), weight.weight.device.type
+    dtype, device = _compute_dtype(base), weight.weight.device.type
     case = f"{weight.format} [{weight.out_features}, {weight.in_features}]{nested}, {dtype} on {device}"
     try:
         backend = backends.resolve("lora_linear", weight.format, device, dtype, layer.backend)

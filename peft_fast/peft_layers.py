@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit
+from bitsandbytes.nn import Params4bit
 from peft.tuners.lora import bnb as peft_bnb
 from peft.tuners.lora import layer as peft_lora
 from peft.tuners.lora.dora import DoraLinearLayer
@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
+from .base_layers import FUSED_BASES, STOCK_BASES, base_forward
 from .modules import fused_dora_forward, fused_lora_forward
 from .norm_cache import NormCache, fold_scaling
 
 METHODS = ("lora", "dora")
 
 _DENSE_BASES = frozenset((nn.Linear,))
-_4BIT_BASES = frozenset((Linear4bit, LinearNF4, LinearFP4))
+_4BIT_BASES = frozenset((*FUSED_BASES, *STOCK_BASES))
 _LORA_PARTS: dict[str, type] = {"lora_A": nn.Linear, "lora_B": nn.Linear}
 _DORA_PARTS: dict[str, type] = {**_LORA_PARTS, "lora_magnitude_vector": DoraLinearLayer}
 _PLAIN_TENSORS: frozenset[type] = frozenset((Tensor, nn.Parameter, Params4bit, FakeTensor))
@@ -54,8 +55,7 @@ class _FusedForward(nn.Module):
         modules: dict[str, Any] = self._modules
         base = modules["base_layer"]
         if adapter is None:
-            no_A, no_B = x.new_empty(0, base.in_features), x.new_empty(base.out_features, 0)
-            return fused_lora_forward(base, x, no_A, no_B, scaling=1.0, backend=self.backend)
+            return base_forward(base, x, self.backend)
         lora_A, linear_B = modules["lora_A"]._modules[adapter].weight, modules["lora_B"]._modules[adapter]
         lora_B, lora_bias, scaling = linear_B.weight, linear_B.bias, self.scaling[adapter]
         dropout = modules["lora_dropout"]._modules[adapter]

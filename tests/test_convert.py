@@ -211,7 +211,7 @@ def test_report_lists_every_layer():
     ]
     assert report.fused[0].backend == "reference"
     assert str(report).splitlines() == [
-        "1 layers fused, 1 left to PEFT",
+        "1 layers fused, 1 left as they were",
         "  base_model.model.0  left   peft.tuners.lora.layer.Embedding has no fused counterpart",
         "  base_model.model.1  fused  lora on reference",
     ]
@@ -264,7 +264,7 @@ def test_a_trained_base_is_left():
 
 def test_layers_with_other_variants_alone_are_left(kind):
     model = stock_net(kind, alora_invocation_tokens=[1])
-    with pytest.warns(UserWarning, match="0 layers fused, 2 left to PEFT"):
+    with pytest.warns(UserWarning, match="0 layers fused, 2 left as they were"):
         report = accelerate(model)
     assert {row.reason for row in report} == {"adapter 'default' is a LoRA variant, ALoraLinearVariant"}
     model.add_adapter("other", lora_config())
@@ -297,7 +297,7 @@ def test_strict_changes_nothing_when_it_raises():
 def test_arguments_are_checked():
     model = stock_net("dense")
     for methods in ((), "lora", ("lora", "vera"), ("LoRA",)):
-        with pytest.raises(ValueError, match=r"methods: expected a tuple of \('lora', 'dora'\), got"):
+        with pytest.raises(ValueError, match=r"methods: expected a tuple of \('lora', 'dora', 'base'\), got"):
             accelerate(model, methods=methods)
     with pytest.raises(ValueError, match="backend: expected 'auto' or one of"):
         accelerate(model, backend="cuda")
