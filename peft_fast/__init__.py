@@ -22,6 +22,11 @@ _HOME = {
     "LoRALinear": "modules",
     "dora_linear": "functional",
     "lora_linear": "functional",
+    "loreft": "functional",
+    "LoReFT": "reft",
+    "LoReFTConfig": "reft",
+    "ReftModel": "reft",
+    "get_reft_model": "reft",
     "accelerate": "convert",
     "restore": "convert",
     "explain": "convert",
@@ -30,7 +35,10 @@ __all__ = [
     "BackendUnavailable",
     "DoRALinear",
     "LoRALinear",
+    "LoReFT",
+    "LoReFTConfig",
     "QuantizedWeight",
+    "ReftModel",
     "UnsupportedLayer",
     "UnsupportedWeight",
     "accelerate",
@@ -38,7 +46,9 @@ __all__ = [
     "explain",
     "from_bitsandbytes",
     "from_dense",
+    "get_reft_model",
     "lora_linear",
+    "loreft",
     "restore",
 ]
 
@@ -46,8 +56,9 @@ if TYPE_CHECKING:
     from .convert import accelerate, explain, restore
     from .errors import BackendUnavailable, UnsupportedLayer, UnsupportedWeight
     from .formats import QuantizedWeight, from_bitsandbytes, from_dense
-    from .functional import dora_linear, lora_linear
+    from .functional import dora_linear, lora_linear, loreft
     from .modules import DoRALinear, LoRALinear
+    from .reft import LoReFT, LoReFTConfig, ReftModel, get_reft_model
 
 
 def __getattr__(name: str) -> Any:

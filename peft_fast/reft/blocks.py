@@ -1,0 +1,220 @@
+"""The blocks of a model whose output is edited: how they are found, swapped and told what to edit.
+
+No hooks. A block's `__class__` becomes a subclass of its own, of the same name, with the edits in a submodule
+`reft`. The model's forward leaves a `Plan` in this thread; the block's `__call__` takes its part of it along
+as one more argument of its forward. So a forward that gradient checkpointing runs again in the backward pass
+edits the rows of the forward it repeats.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedLayer
+from ..orthonormal import OrthonormalRows, orthonormal_rows
+from .edit import LoReFT
+
+if TYPE_CHECKING:
+    from .model import ReftModel
+
+
+class BlockInputs(NamedTuple):
+    """What one block is to edit, of hidden states [*shape, d]; one entry of rows and bases for each edit."""
+
+    shape: tuple[int, int] | None
+    rows: tuple[Tensor | None, ...]
+    bases: tuple[Tensor | None, ...]
+
+
+class Plan(NamedTuple):
+    """What one forward of a model edits: for each edited block its inputs, or nothing at all."""
+
+    blocks: dict[int, BlockInputs] | None
+
+
+class Generation(NamedTuple):
+    """A call of `generate`: the prompt is the columns below `width`, where the mask [B, ≥ width] is not 0.
+
+    Without a mask there is no padding.
+    """
+
+    model: ReftModel
+    width: int
+    mask: Tensor | None
+
+
+class _Current(threading.local):
+    """What runs in this thread; set at first sight, since a compiled forward is guarded by what is there."""
+
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
+        self.generation: Generation | None = None
+
+
+current = _Current()
+
+
+# ------------------------------------------------------------------------------------------------ subclasses
+
+
+class Swapped:
+    """An object whose `__class__` was replaced by `_make(_stock)`; copies and pickles as such."""
+
+    _stock: type
+    _make: Callable[[type], type]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_new, (type(self)._make, type(self)._stock), *reduced[2:])
+
+
+def subclass(
+    mixin: type, make: Callable[[type], type], stock: type, methods: dict[str, Any] | None = None
+) -> type:
+    """A subclass of `stock` that only `isinstance` tells from it: the mixin first, the same names."""
+    names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
+    attributes = {**names, "_stock": stock, "_make": staticmethod(make), **(methods or {})}
+    return type(stock.__name__, (mixin, stock), attributes)
+
+
+def _new(make: Callable[[type], type], stock: type) -> Any:
+    cls: Any = make(stock)
+    return cls.__new__(cls)
+
+
+def check_swappable(argument: str, module: nn.Module) -> None:
+    """Raises `UnsupportedLayer` when `module` would not run a forward of its class."""
+    if "forward" in module.__dict__:
+        raise UnsupportedLayer(
+            f"{argument}: expected the forward of its class, {type(module).__name__}, got one of its own, as "
+            "device_map offloading sets"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- blocks
+
+
+class ReftBlock(Swapped, nn.Module):
+    """Mixin: a block that edits its output, a tensor [B, S, d] or the first element of a tuple."""
+
+    reft: nn.ModuleDict
+    reft_layer: int
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        plan = current.plan
+        if plan is None:
+            raise RuntimeError(
+                f"block {self.reft_layer}: expected a call by its model's forward, which says what to edit, "
+                "got one from outside. To checkpoint, use model.gradient_checkpointing_enable(), no wrapper"
+            )
+        inputs = None if plan.blocks is None else plan.blocks[self.reft_layer]
+        return super().__call__(*args, reft_inputs=inputs, **kwargs)
+
+    def forward(self, *args: Any, reft_inputs: BlockInputs | None, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        if reft_inputs is None:
+            return output
+        if isinstance(output, tuple):
+            return (self._edited(output[0], reft_inputs), *output[1:])
+        return self._edited(output, reft_inputs)
+
+    def _edited(self, h: Any, inputs: BlockInputs) -> Tensor:
+        if not isinstance(h, Tensor):
+            raise TypeError(
+                f"block {self.reft_layer}: expected it to return a tensor, got {type(h).__name__}"
+            )
+        if inputs.shape is not None and h.shape[:-1] != inputs.shape:
+            raise ValueError(
+                f"block {self.reft_layer}: expected an output [*{list(inputs.shape)}, d], as the tokens are, "
+                f"got {list(h.shape)}"
+            )
+        for edit, rows, basis in zip(self.reft.values(), inputs.rows, inputs.bases, strict=True):
+            h = edit(h, rows if rows is None else rows.to(h.device), basis=basis)
+        return h
+
+
+@functools.cache
+def block_class(stock: Any) -> type:
+    return subclass(ReftBlock, block_class, stock)
+
+
+def attach(block: nn.Module, layer: int, edits: dict[str, LoReFT]) -> None:
+    """Swaps the class of a block in place and gives it its edits, by group."""
+    swapped: Any = block
+    swapped.reft, swapped.reft_layer = nn.ModuleDict(edits), layer
+    swapped.reft.train(block.training)
+    swapped.__class__ = block_class(swapped.__class__)
+
+
+def detach(block: Any) -> None:
+    """Undoes `attach`."""
+    block.__class__ = type(block)._stock
+    del block.reft, block.reft_layer
+
+
+def find_blocks(model: nn.Module, path: str | None) -> str:
+    """The dotted path of the list of blocks: `path` if given, else the list that is most of the model.
+
+    Raises:
+        UnsupportedLayer: there is no such list, or two of them; the message names `blocks`.
+    """
+    if path is not None:
+        try:
+            found = model.get_submodule(path)
+        except AttributeError as error:
+            raise UnsupportedLayer(f"blocks: expected the path of a module, got {path!r}: {error}") from None
+        if not isinstance(found, nn.ModuleList | nn.Sequential) or not len(found):
+            raise UnsupportedLayer(
+                f"blocks: expected the path of a list of blocks, got {path!r}, a {type(found).__name__}"
+            )
+        return path
+    sizes = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
+    }
+    if not sizes:
+        raise UnsupportedLayer(
+            f"blocks: expected the path of the list of blocks, got None, and {type(model).__name__} has no "
+            "ModuleList of modules of one class"
+        )
+    largest = max(sizes, key=lambda name: sizes[name])
+    rivals = [name for name in sizes if not f"{name}.".startswith(f"{largest}.")]
+    rivals = [name for name in rivals if not f"{largest}.".startswith(f"{name}.")]
+    for rival in rivals:
+        if 2 * sizes[rival] > sizes[largest]:
+            raise UnsupportedLayer(
+                f"blocks: expected one of {[largest, rival]}, the model has both, got None"
+            )
+    return largest
+
+
+def batched_bases(blocks: dict[int, Any]) -> dict[int, tuple[Tensor | None, ...]]:
+    """R of every edit of the blocks, those of one shape computed in one batch.
+
+    None where the basis is a parameter, and where the block is checkpointed: it computes R in there, since
+    reentrant checkpointing would run backward through the shared batch once for each block.
+    """
+    batches: dict[tuple[Any, ...], list[tuple[int, int, OrthonormalRows]]] = {}
+    bases: dict[int, list[Tensor | None]] = {}
+    for layer, block in blocks.items():
+        bases[layer] = [None] * len(block.reft)
+        if getattr(block, "gradient_checkpointing", False) and block.training:
+            continue
+        for i, edit in enumerate(block.reft.values()):
+            if isinstance(edit.basis, OrthonormalRows):
+                rotation = edit.basis.rotation
+                batch = batches.setdefault((rotation.shape, rotation.dtype, rotation.device), [])
+                batch.append((layer, i, edit.basis))
+    for batch in batches.values():
+        tensors = [(basis.rotation, basis.base, basis.base_sign) for _, _, basis in batch]
+        computed = orthonormal_rows(*(torch.stack(same) for same in zip(*tensors, strict=True)))
+        for (layer, i, _), rows in zip(batch, computed.unbind(), strict=True):
+            bases[layer][i] = rows
+    return {layer: tuple(rows) for layer, rows in bases.items()}
