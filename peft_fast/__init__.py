@@ -25,6 +25,7 @@ _HOME = {
     "loreft": "functional",
     "LoReFT": "reft",
     "LoReFTConfig": "reft",
+    "LoReFTLinear": "reft",
     "ReftModel": "reft",
     "get_reft_model": "reft",
     "accelerate": "convert",
@@ -37,6 +38,7 @@ __all__ = [
     "LoRALinear",
     "LoReFT",
     "LoReFTConfig",
+    "LoReFTLinear",
     "QuantizedWeight",
     "ReftModel",
     "UnsupportedLayer",
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
     from .formats import QuantizedWeight, from_bitsandbytes, from_dense
     from .functional import dora_linear, lora_linear, loreft
     from .modules import DoRALinear, LoRALinear
-    from .reft import LoReFT, LoReFTConfig, ReftModel, get_reft_model
+    from .reft import LoReFT, LoReFTConfig, LoReFTLinear, ReftModel, get_reft_model
 
 
 def __getattr__(name: str) -> Any:

@@ -264,3 +264,32 @@ def _loreft_op(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 ops._library.impl("loreft", _loreft_op, "Autograd")
+
+
+class _TimesWeight(torch.autograd.Function):
+    """P·Ŵ; differentiable in P."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, weight: QuantizedWeight, backend: str) -> Tensor:
+        ctx.save_for_backward(*_tensors(weight))
+        ctx.weight_meta, ctx.backend = weight[_WEIGHT_TENSORS:], backend
+        no_A, no_B = p.new_empty(0, weight.in_features), p.new_empty(weight.out_features, 0)
+        x, z = p.new_empty(len(p), weight.in_features), p.new_empty(len(p), 0)
+        needs = Needs(x=True, lora_A=False, lora_B=False, bias=False, out_scale=False)
+        product = _lora_linear_backward(
+            p, x, weight, no_A, no_B, z, None, None, None, None, needs, 1.0, 0.0, backend
+        ).x
+        assert product is not None
+        return product
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        weight = QuantizedWeight(*ctx.saved_tensors, *ctx.weight_meta)
+        no_A, no_B = grad.new_empty(0, weight.in_features), grad.new_empty(weight.out_features, 0)
+        return lora_linear(grad, weight, None, no_A, no_B, None, None, 1.0, 0.0, ctx.backend), None, None
+
+
+def times_weight(p: Tensor, weight: QuantizedWeight, backend: str = "auto") -> Tensor:
+    """P·Ŵ [r, K] of P [r, N], in its dtype: a thin pass over the packed weight, as dX of `lora_linear` is."""
+    return _TimesWeight.apply(p, weight, backend)

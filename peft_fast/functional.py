@@ -206,37 +206,117 @@ def loreft(
     check_choice("act", act, tuple(ACTIVATIONS))
     check_choice("dropout_on", dropout_on, DROPOUT_ON)
     ops.check_probability("dropout_p", dropout_p)
-    for name, tensor in (("basis", basis), ("source", source), ("bias", bias)):
-        if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
-        if tensor is not None and tensor.device != h.device:
-            raise ValueError(f"{name}: expected device {h.device} (h's), got {tensor.device}")
-    if basis.dim() != 2:
-        raise ValueError(f"basis: expected [r, d], got {list(basis.shape)}")
-    if source is not None and source.shape != basis.shape:
-        raise ValueError(f"source: expected [r, d] = {list(basis.shape)}, got {list(source.shape)}")
+    _check_subspace(basis, source, bias, h.device)
     if residual is not None and residual.dtype != h.dtype:
         dtype = torch.promote_types(h.dtype, residual.dtype)
         h, residual = h.to(dtype), residual.to(dtype)
-    acc = accumulation_dtype(h.dtype)
-    basis = basis.to(acc)
-    source = source if source is None else source.to(acc)
-    bias = bias if bias is None else bias.to(acc)
-    if source is None:
-        bias = ACTIVATIONS[act](basis.new_zeros(basis.shape[0]) if bias is None else bias)
-        act, projection = "linear", -basis if subtract else basis.new_empty(0, basis.shape[1])
-    elif not subtract:
-        projection = source
-    elif act == "linear":
-        projection = source - basis
-    else:
-        projection = torch.cat((source, basis))
+    projection, bias, act = _subspace(basis, source, bias, subtract, act, accumulation_dtype(h.dtype))
+    basis = basis.to(projection.dtype)
     mask = None
     if training and dropout_p > 0.0:
         like = h if rows is None else h.new_empty(rows.shape[0], h.shape[-1])
         mask = torch.ops.peft_fast.dropout_mask(like, dropout_p)
     p, on_state = dropout_p if mask is not None else 0.0, dropout_on == "state"
     return autograd.loreft(h, residual, rows, projection, bias, basis, mask, p, on_state, act, backend)
+
+
+def loreft_linear(
+    x: Tensor,
+    weight: QuantizedWeight | Tensor,
+    basis: Tensor,
+    source: Tensor | None = None,
+    edit_bias: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    subtract: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Every row of H = X·Ŵᵀ + bias edited as by `loreft`, H + (H·Vᵀ + b − H·Rᵀ)·R, without H in between.
+
+    With P = V − R it is `lora_linear` with A = P·Ŵ, B = Rᵀ and (P·bias + b)·R more of a bias: a thin
+    pass over the packed weight forward, another one backward, and no pass over an [M, N]. So it gains over
+    `loreft` of the layer's output where M is large. Gradients flow to x, basis, source, edit_bias and bias.
+
+    Args:
+        x: activations [..., K], float32, float16 or bfloat16; inside autocast, cast to its dtype.
+        weight: the frozen base weight Ŵ [N, K]; a plain tensor is taken as dense.
+        basis: R [r, N], any floating dtype.
+        source: V [r, N], or None for zero.
+        edit_bias: b [r], or None for zero.
+        bias: of the layer, [N], or None.
+        subtract: whether H·Rᵀ is subtracted.
+        backend: "auto" or a name of `backends.BACKENDS`.
+
+    Returns:
+        [..., N] in the dtype of x, rounded once.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        BackendUnavailable: the named backend cannot run this case.
+    """
+    if not isinstance(weight, QuantizedWeight):
+        weight = from_dense(weight)
+    folded = fold_edit(
+        weight, basis, source, edit_bias, bias, subtract=subtract, dtype=x.dtype, backend=backend
+    )
+    lora_A, lora_B, increment = folded
+    return lora_linear(x, weight, lora_A, lora_B, bias, lora_bias=increment, backend=backend)
+
+
+def fold_edit(
+    weight: QuantizedWeight,
+    basis: Tensor,
+    source: Tensor | None,
+    edit_bias: Tensor | None,
+    bias: Tensor | None,
+    *,
+    subtract: bool,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(A [r, K], B [N, r], lora_bias [N]) with which `lora_linear` is `loreft_linear`, for x of `dtype`.
+
+    They are float32 (float64 for that dtype), and differentiable as `loreft_linear` is.
+    """
+    _check_subspace(basis, source, edit_bias, weight.weight.device)
+    if basis.shape[1] != weight.out_features:
+        raise ValueError(f"basis: expected [r, N] = [*, {weight.out_features}], got {list(basis.shape)}")
+    acc = accumulation_dtype(dtype)
+    projection, constant, _ = _subspace(basis, source, edit_bias, subtract, "linear", acc)
+    basis = basis.to(acc)
+    if constant is None:
+        constant = basis.new_zeros(len(basis))
+    if bias is not None and len(projection):
+        constant = constant + projection @ bias.to(acc)
+    lora_A = autograd.times_weight(projection, weight, backend)
+    return lora_A, basis[: len(projection)].t(), constant @ basis
+
+
+def _check_subspace(basis: Tensor, source: Tensor | None, bias: Tensor | None, device: torch.device) -> None:
+    for name, tensor in (("basis", basis), ("source", source), ("bias", bias)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+    if basis.dim() != 2:
+        raise ValueError(f"basis: expected [r, d], got {list(basis.shape)}")
+    if source is not None and source.shape != basis.shape:
+        raise ValueError(f"source: expected [r, d] = {list(basis.shape)}, got {list(source.shape)}")
+
+
+def _subspace(
+    basis: Tensor, source: Tensor | None, bias: Tensor | None, subtract: bool, act: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, str]:
+    """(P, b, act) of the op `loreft` for (R, V, b, act) of the edit, in `dtype`."""
+    basis = basis.to(dtype)
+    bias = bias if bias is None else bias.to(dtype)
+    if source is None:
+        bias = ACTIVATIONS[act](basis.new_zeros(len(basis)) if bias is None else bias)
+        return (-basis if subtract else basis[:0]), bias, "linear"
+    source = source.to(dtype)
+    if not subtract:
+        return source, bias, act
+    return (source - basis if act == "linear" else torch.cat((source, basis))), bias, act
 
 
 def _as_autocast(x: Tensor) -> Tensor:

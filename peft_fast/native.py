@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .formats import QuantizedWeight
-from .reference import Gradients, Needs
+from .reference import Gradients, Needs, ReftGradients, ReftNeeds
 
 LEVELS = ("avx512bf16", "avx512", "avx2", "scalar")
 BUILD_HINT = "build it with `pip install --no-build-isolation -e .` (needs a C++20 compiler)"
@@ -127,6 +127,44 @@ class Level:
             self._level,
         )  # fmt: skip
         return Gradients(*(g if needed else None for g, needed in zip(grads, needs, strict=True)))
+
+    def loreft(
+        self,
+        h: Tensor,
+        residual: Tensor | None,
+        rows: Tensor | None,
+        projection: Tensor,
+        bias: Tensor | None,
+        basis: Tensor,
+        dropout_mask: Tensor | None,
+        dropout_p: float,
+        drop_state: bool,
+        act: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _op("loreft")(
+            h, residual, rows, projection, bias, basis, dropout_mask, dropout_p, drop_state, act, self._level
+        )
+
+    def loreft_backward(
+        self,
+        grad: Tensor,
+        kept: Tensor,
+        rows: Tensor | None,
+        projection: Tensor,
+        bias: Tensor | None,
+        basis: Tensor,
+        z: Tensor,
+        dropout_mask: Tensor | None,
+        dropout_p: float,
+        drop_state: bool,
+        act: str,
+        needs: ReftNeeds,
+    ) -> ReftGradients:
+        grads = _op("loreft_backward")(
+            grad, kept, rows, projection, bias, basis, z, dropout_mask, dropout_p, drop_state, act, *needs,
+            self._level,
+        )  # fmt: skip
+        return ReftGradients(*(g if needed else None for g, needed in zip(grads, needs, strict=True)))
 
     def dequantize(self, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
         return _op("dequantize")(*weight, dtype, self._level)

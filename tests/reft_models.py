@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from peft_fast import LoReFTConfig, get_reft_model
+from peft_fast.reft.blocks import holder
 
 VOCAB, WIDTH = 64, 32
 
@@ -108,7 +109,7 @@ def by_hand(base: nn.Module, model: nn.Module, prompts: list[list[int]]):
     def hook(layer: int):
         def edit_output(module, args, output):
             h = (output[0] if isinstance(output, tuple) else output).clone()
-            for group, edit in model.reft_blocks[layer].reft.items():
+            for group, edit in holder(model.reft_blocks[layer]).reft.items():
                 for b, prompt in enumerate(prompts):
                     columns = selected(prompt, positions, group)
                     h[b, columns] = edited(edit, h[b, columns])
@@ -117,7 +118,8 @@ def by_hand(base: nn.Module, model: nn.Module, prompts: list[list[int]]):
         return edit_output
 
     blocks = base.get_submodule(model.reft_targets.path)
-    handles = [blocks[i].register_forward_hook(hook(i)) for i in model.reft_blocks]
+    targets = {i: blocks[i].get_submodule(block.reft_component) for i, block in model.reft_blocks.items()}
+    handles = [target.register_forward_hook(hook(i)) for i, target in targets.items()]
     try:
         yield base
     finally:

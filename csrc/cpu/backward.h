@@ -130,20 +130,13 @@ inline void add_grad_A(const Gradients& wanted, const Tokens& tokens, int64_t k0
                        float* scratch) {
   const Backward& b = wanted.b;
   const int64_t K = b.weight.K;
-  float* const row = scratch + kSteps * in_block(K);
-  for (int64_t m = 0; m < tokens.rows; m += kSteps) {
-    const PackedB x_packed{scratch, min(kSteps, tokens.rows - m), cols};
-    for (int64_t t = 0; t < x_packed.depth; ++t) {
-      const int64_t token = tokens.m0 + m + t;
-      prefetch(b.x, (token + kAhead) * K + k0, cols, b.M * K);
-      to_float(b.x, token * K + k0, cols, row);
-      if (b.dropout.mask != nullptr) drop(b.dropout, K, token, k0, cols, row);
-      pack_row(x_packed, t,
-               [&](int64_t j, int64_t n, float* out) { std::memcpy(out, row + j, n * sizeof(float)); });
-    }
-    gemm<Single>(b.R, x_packed.depth, {tokens.dz + m * wanted.r_row, 1, wanted.r_row}, x_packed, 0,
-                 {wanted.d_A + k0, wanted.a_row}, tokens.m0 + m > 0);
-  }
+  multiply_rows(b.R, {tokens.dz, 1, wanted.r_row}, tokens.rows, cols, scratch,
+                {wanted.d_A + k0, wanted.a_row}, tokens.m0 > 0, [&](int64_t m, float* row) {
+                  const int64_t token = tokens.m0 + m;
+                  prefetch(b.x, (token + kAhead) * K + k0, cols, b.M * K);
+                  to_float(b.x, token * K + k0, cols, row);
+                  if (b.dropout.mask != nullptr) drop(b.dropout, K, token, k0, cols, row);
+                });
 }
 
 // base [rows][base.row] = dY · Ŵ[:, k0:k0+cols]; scratch [kSteps][in_block].
@@ -240,10 +233,7 @@ inline void backward_as(const Backward& b) {
   for (; tokens.m0 < b.M; tokens.m0 += most) {
     dz.rows = tokens.rows = min(most, b.M - tokens.m0);
     const PackedB z_packed{z_data, tokens.rows, R};
-    for (int64_t m = 0; m < tokens.rows && wanted.B; ++m)
-      pack_row(z_packed, m, [&](int64_t j, int64_t n, float* out) {
-        std::memcpy(out, b.z + (tokens.m0 + m) * R + j, n * sizeof(float));
-      });
+    for (int64_t m = 0; m < tokens.rows && wanted.B; ++m) pack_values(z_packed, m, b.z + (tokens.m0 + m) * R);
     read_grad<Cell>(wanted, tokens, z_packed, dz);
     if (wanted.dz()) finish_dz(wanted, tokens, dz);
     if (wanted.x || wanted.A) read_columns<Cell>(wanted, tokens);

@@ -8,17 +8,24 @@ namespace peft_fast::PEFT_FAST_LEVEL {
 
 constexpr int64_t kFewOut = 48;  // outputs of one forward item
 
-// out[m] = x[m] · w for M rows x [M][x_row] and one row w [n].
-template <int M>
-inline void dot_rows(const float* x, int64_t x_row, const float* w, int64_t n, float* out) {
-  V acc[M] = {};
+// out[j][m] = x[m] · w[j] for M rows x [M][x_row] and J rows w [J][w_row] of n values.
+template <int M, int J>
+inline void dot_rows(const float* x, int64_t x_row, const float* w, int64_t w_row, int64_t n,
+                     float (*out)[M]) {
+  V acc[J][M] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
-    for (int m = 0; m < M; ++m) acc[m] = fma(load(w + i), load(x + m * x_row + i), acc[m]);
-  for (int m = 0; m < M; ++m) {
-    out[m] = sum(acc[m]);
-    for (int64_t j = i; j < n; ++j) out[m] += w[j] * x[m * x_row + j];
-  }
+#pragma GCC unroll 4
+    for (int j = 0; j < J; ++j) {
+      const V wj = load(w + j * w_row + i);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) acc[j][m] = fma(wj, load(x + m * x_row + i), acc[j][m]);
+    }
+  for (int j = 0; j < J; ++j)
+    for (int m = 0; m < M; ++m) {
+      out[j][m] = sum(acc[j][m]);
+      for (int64_t k = i; k < n; ++k) out[j][m] += w[j * w_row + k] * x[m * x_row + k];
+    }
 }
 
 // out[r][m] = x[m] · Ŵ[row + r] for M rows x [M][K], decoding in registers; K is a multiple of kTileCols.
@@ -55,7 +62,7 @@ inline void few_outputs(const Weight& w, const float* x, int64_t n0, int64_t n, 
   if (is_dense(w) || K % kTileCols != 0) {
     for (int64_t i = 0; i < n; ++i) {
       decode(w, (n0 + i) * K, K, row);
-      dot_rows<M>(x, K, row, K, base[i]);
+      dot_rows<M, 1>(x, K, row, K, K, base + i);
     }
     return;
   }
@@ -83,7 +90,7 @@ inline void forward_few_rows(const Forward& f) {
     for (int64_t r = begin; r < end; ++r) {
       float z[M];
       to_float(f.lora_A, r * K, K, row);
-      dot_rows<M>(dropped, K, row, K, z);
+      dot_rows<M, 1>(dropped, K, row, K, K, &z);
       for (int m = 0; m < M; ++m) f.z[m * R + r] = z[m];
     }
   });
@@ -102,7 +109,7 @@ inline void forward_few_rows(const Forward& f) {
       for (int64_t i = 0; i < n; ++i) {
         float low_rank[M];
         to_float(f.lora_B, (n0 + i) * R, R, lora_B, f.scaling);
-        dot_rows<M>(f.z, R, lora_B, R, low_rank);
+        dot_rows<M, 1>(f.z, R, lora_B, R, R, &low_rank);
         const float scale = f.out_scale != nullptr ? f.out_scale[n0 + i] : 1.0f;
         for (int m = 0; m < M; ++m) y[m * kFewOut + i] = (base[i][m] + low_rank[m]) * scale + bias[i];
       }

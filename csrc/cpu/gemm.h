@@ -68,6 +68,16 @@ inline void pack_row(const PackedB& b, int64_t p, Fill fill) {
   }
 }
 
+// Fills row p of `b` with values[0:b.cols].
+inline void pack_values(const PackedB& b, int64_t p, const float* values) {
+  pack_row(b, p, [&](int64_t j, int64_t n, float* out) {
+    if (n == kTileCols)
+      std::memcpy(out, values + j, kTileCols * sizeof(float));
+    else
+      std::memcpy(out, values + j, n * sizeof(float));
+  });
+}
+
 // One register tile: I rows, J vectors, P steps from zero, then stored or added to C. `Row` is a.row where it
 // is known to the compiler (twelve row addresses need no registers then), else 0. At each step two lines are
 // asked for that come later: of the rows of A that follow, and of `next_b`. They may be far away still.

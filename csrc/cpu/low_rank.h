@@ -61,6 +61,22 @@ class Carver {
   float* data_;
 };
 
+// c[0:n, 0:cols] (+)= a · rows, with `depth` rows in fp32: stage(p, row) writes row p. Each element is summed
+// over kSteps rows in order, then over those sums. scratch [kSteps + 1][round_up(cols, kTileCols)].
+template <class Stage>
+inline void multiply_rows(int64_t n, MatrixA a, int64_t depth, int64_t cols, float* scratch, MatrixC c,
+                          bool accumulate, Stage stage) {
+  float* const row = scratch + kSteps * round_up(cols, kTileCols);
+  for (int64_t p0 = 0; p0 < depth; p0 += kSteps) {
+    const PackedB packed{scratch, min(kSteps, depth - p0), cols};
+    for (int64_t p = 0; p < packed.depth; ++p) {
+      stage(p0 + p, row);
+      pack_values(packed, p, row);
+    }
+    gemm<Single>(n, packed.depth, {a.data + p0 * a.step, a.row, a.step}, packed, 0, c, accumulate || p0 > 0);
+  }
+}
+
 // The columns of a wide operand in groups of whole staging blocks, and the partial products of each group:
 // part g is [rows][row].
 struct Groups {

@@ -126,8 +126,7 @@ inline void pack_across(Single, const Weight& w, const Stretch& at, PackedB pane
     }
     float values[kSteps];
     decode(w, begin, at.cols, values);
-    pack_row(panel, p,
-             [&](int64_t j, int64_t n, float* out) { std::memcpy(out, values + j, n * sizeof(float)); });
+    pack_values(panel, p, values);
   }
 }
 
@@ -182,8 +181,7 @@ inline void pack_across(Pair, const Weight& w, const Stretch& at, PackedB panel)
         const Bits low = bfloat16_bits(load(values[0] + k)), high = bfloat16_bits(load(values[1] + k));
         store(cells + k, (V)(low | high << 16));
       }
-      pack_row(panel, p,
-               [&](int64_t j, int64_t n, float* out) { std::memcpy(out, cells + j, n * sizeof(float)); });
+      pack_values(panel, p, cells);
       continue;
     }
     PairTable table{};

@@ -6,7 +6,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "lora_linear.h"
+#include "kernels.h"
 
 namespace peft_fast {
 namespace {

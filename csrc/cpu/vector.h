@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "lora_linear.h"
+#include "kernels.h"
 
 namespace peft_fast::PEFT_FAST_LEVEL {
 

@@ -3,7 +3,8 @@
 No hooks. A block's `__class__` becomes a subclass of its own, of the same name, with the edits in a submodule
 `reft`. The model's forward leaves a `Plan` in this thread; the block's `__call__` takes its part of it along
 as one more argument of its forward. So a forward that gradient checkpointing runs again in the backward pass
-edits the rows of the forward it repeats.
+edits the rows of the forward it repeats. Where a linear layer inside the block is what is edited, that one is
+swapped too, holds the edits, and reads what the block's forward leaves for it in this thread.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedLayer
+from ..modules import check_base
 from ..orthonormal import OrthonormalRows, orthonormal_rows
 from .edit import LoReFT
+from .linear import edited_linear
 
 if TYPE_CHECKING:
     from .model import ReftModel
@@ -54,6 +57,7 @@ class _Current(threading.local):
 
     def __init__(self) -> None:
         self.plan: Plan | None = None
+        self.inputs: BlockInputs | None = None
         self.generation: Generation | None = None
 
 
@@ -101,10 +105,14 @@ def check_swappable(argument: str, module: nn.Module) -> None:
 
 
 class ReftBlock(Swapped, nn.Module):
-    """Mixin: a block that edits its output, a tensor [B, S, d] or the first element of a tuple."""
+    """Mixin: a block that edits its output, a tensor [B, S, d] or the first element of a tuple.
+
+    Or that has the output of a linear layer in it edited, the submodule `reft_component`; "" is the block.
+    """
 
     reft: nn.ModuleDict
     reft_layer: int
+    reft_component: str
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plan = current.plan
@@ -117,8 +125,13 @@ class ReftBlock(Swapped, nn.Module):
         return super().__call__(*args, reft_inputs=inputs, **kwargs)
 
     def forward(self, *args: Any, reft_inputs: BlockInputs | None, **kwargs: Any) -> Any:
-        output = super().forward(*args, **kwargs)
-        if reft_inputs is None:
+        before = current.inputs
+        current.inputs = reft_inputs if self.reft_component else None
+        try:
+            output = super().forward(*args, **kwargs)
+        finally:
+            current.inputs = before
+        if reft_inputs is None or self.reft_component:
             return output
         if isinstance(output, tuple):
             return (self._edited(output[0], reft_inputs), *output[1:])
@@ -129,14 +142,35 @@ class ReftBlock(Swapped, nn.Module):
             raise TypeError(
                 f"block {self.reft_layer}: expected it to return a tensor, got {type(h).__name__}"
             )
-        if inputs.shape is not None and h.shape[:-1] != inputs.shape:
-            raise ValueError(
-                f"block {self.reft_layer}: expected an output [*{list(inputs.shape)}, d], as the tokens are, "
-                f"got {list(h.shape)}"
-            )
+        _check_tokens(f"block {self.reft_layer}", h, inputs)
         for edit, rows, basis in zip(self.reft.values(), inputs.rows, inputs.bases, strict=True):
             h = edit(h, rows if rows is None else rows.to(h.device), basis=basis)
         return h
+
+
+class ReftLinear(Swapped, nn.Linear):
+    """Mixin: a linear layer in a `ReftBlock` whose output is edited, as `LoReFTLinear` does."""
+
+    reft: nn.ModuleDict
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = current.inputs
+        if inputs is None:
+            return super().forward(x)
+        _check_tokens("component", x, inputs)
+        y: Tensor | None = None
+        edits: Any = self.reft.values()
+        for edit, rows, basis in zip(edits, inputs.rows, inputs.bases, strict=True):
+            rows = rows if rows is None else rows.to(x.device)
+            y = edited_linear(self, edit, x, rows, basis) if y is None else edit(y, rows, basis=basis)
+        assert y is not None
+        return y
+
+
+def _check_tokens(where: str, h: Tensor, inputs: BlockInputs) -> None:
+    if inputs.shape is not None and h.shape[:-1] != inputs.shape:
+        expected = f"[*{list(inputs.shape)}, d], as the tokens are"
+        raise ValueError(f"{where}: expected hidden states {expected}, got {list(h.shape)}")
 
 
 @functools.cache
@@ -144,18 +178,56 @@ def block_class(stock: Any) -> type:
     return subclass(ReftBlock, block_class, stock)
 
 
-def attach(block: nn.Module, layer: int, edits: dict[str, LoReFT]) -> None:
-    """Swaps the class of a block in place and gives it its edits, by group."""
+@functools.cache
+def linear_class(stock: Any) -> type:
+    return subclass(ReftLinear, linear_class, stock)
+
+
+def find_component(block: nn.Module, name: str) -> tuple[str, nn.Linear]:
+    """The one linear layer in a block whose path ends with `name`, and that path.
+
+    Raises:
+        UnsupportedLayer: there is none, or several, or it cannot be edited; the message names `component`.
+    """
+    found = [
+        (path, module)
+        for path, module in block.named_modules()
+        if f".{path}".endswith(f".{name}") and isinstance(module, nn.Linear)
+    ]
+    if len(found) != 1:
+        linears = [path for path, module in block.named_modules() if isinstance(module, nn.Linear)]
+        raise UnsupportedLayer(
+            f"component: expected the end of one path of {linears}, got {name!r}, of {len(found)}"
+        )
+    path, linear = found[0]
+    check_swappable("component", linear)
+    check_base(linear)
+    return path, linear
+
+
+def holder(block: Any) -> Any:
+    """The module with the edits of a swapped block: itself, or the linear layer whose output is edited."""
+    return block.get_submodule(block.reft_component)
+
+
+def attach(block: nn.Module, layer: int, edits: dict[str, LoReFT], component: str = "") -> None:
+    """Swaps the class of a block in place, and of its `component`, and gives it its edits, by group."""
     swapped: Any = block
-    swapped.reft, swapped.reft_layer = nn.ModuleDict(edits), layer
-    swapped.reft.train(block.training)
+    swapped.reft_layer, swapped.reft_component = layer, component
+    held = holder(block)
+    held.reft = nn.ModuleDict(edits).train(block.training)
+    if component:
+        held.__class__ = linear_class(held.__class__)
     swapped.__class__ = block_class(swapped.__class__)
 
 
 def detach(block: Any) -> None:
     """Undoes `attach`."""
-    block.__class__ = type(block)._stock
-    del block.reft, block.reft_layer
+    held = holder(block)
+    del held.reft
+    for module in {held, block}:
+        module.__class__ = type(module)._stock
+    del block.reft_layer, block.reft_component
 
 
 def find_blocks(model: nn.Module, path: str | None) -> str:
@@ -204,10 +276,11 @@ def batched_bases(blocks: dict[int, Any]) -> dict[int, tuple[Tensor | None, ...]
     batches: dict[tuple[Any, ...], list[tuple[int, int, OrthonormalRows]]] = {}
     bases: dict[int, list[Tensor | None]] = {}
     for layer, block in blocks.items():
-        bases[layer] = [None] * len(block.reft)
+        edits = holder(block).reft
+        bases[layer] = [None] * len(edits)
         if getattr(block, "gradient_checkpointing", False) and block.training:
             continue
-        for i, edit in enumerate(block.reft.values()):
+        for i, edit in enumerate(edits.values()):
             if isinstance(edit.basis, OrthonormalRows):
                 rotation = edit.basis.rotation
                 batch = batches.setdefault((rotation.shape, rotation.dtype, rotation.device), [])

@@ -40,8 +40,7 @@ def save(model: ReftModel, directory: Path, state_dict: Mapping[str, Tensor] | N
     """Writes the edits of `model`, or those in a state dict of it, and their config."""
     tensors = tensors_of(model)
     if state_dict is not None:
-        path = model.reft_targets.path
-        names = {name: _in_model(path, name) for name in tensors}
+        names = {name: _in_model(model, name) for name in tensors}
         missing = [name for name in names.values() if name not in state_dict]
         if missing:
             raise ValueError(f"state_dict: expected {missing[0]!r}, an edit of the model, got none")
@@ -157,10 +156,11 @@ def _copy(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
             tensor.copy_(stored[name])
 
 
-def _in_model(path: str, name: str) -> str:
+def _in_model(model: ReftModel, name: str) -> str:
     """The state-dict key of a tensor of the file."""
     layer, rest = name.split(".", 1)
-    return f"{path}.{layer}.reft.{rest}"
+    component = model.reft_blocks[int(layer)].reft_component
+    return ".".join(part for part in (model.reft_targets.path, layer, component, "reft", rest) if part)
 
 
 def replace_file(file: Path, write: Callable[[Path], Any]) -> None:

@@ -29,6 +29,8 @@ from .blocks import (
     current,
     detach,
     find_blocks,
+    find_component,
+    holder,
     subclass,
 )
 from .config import BLOCK_OUTPUT, LoReFTConfig
@@ -37,10 +39,10 @@ from .positions import Positions, group_rows, prompt_mask
 
 
 def get_reft_model(model: nn.Module, config: LoReFTConfig) -> ReftModel:
-    """Adds edits to the output of blocks of `model`, in place, and freezes everything else in it.
+    """Adds edits to the output of blocks of `model`, or of a linear layer in each, and freezes all else.
 
-    The edits are fp32 whatever the model is, and `model.<blocks>.<i>.reft` holds them. A token's place is
-    counted among the prompt tokens of its row, wherever its padding is; the prompt is
+    The edits are fp32 whatever the model is, and in `model.<blocks>.<i>.reft`, or the linear layer's. A
+    token's place is counted among the prompt tokens of its row, wherever its padding is; the prompt is
 
     - inside `generate`, the tokens that were passed to it, which generated ones never join;
     - else the first `prompt_lengths` [B] valid tokens, an argument that forward takes beside the base's;
@@ -64,8 +66,6 @@ def get_reft_model(model: nn.Module, config: LoReFTConfig) -> ReftModel:
     """
     if any(isinstance(module, ReftModel | ReftBlock) for module in model.modules()):
         raise UnsupportedLayer("model: expected one without edits, got one that has some; see unload()")
-    if config.component != BLOCK_OUTPUT:
-        raise UnsupportedLayer(f"component: expected {BLOCK_OUTPUT!r}, got {config.component!r}")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedLayer("model: expected one sequence of tokens, got an encoder and a decoder")
     check_swappable("model", model)
@@ -76,19 +76,25 @@ def get_reft_model(model: nn.Module, config: LoReFTConfig) -> ReftModel:
     layers = range(len(blocks)) if isinstance(config.layers, str) else config.layers
     if max(layers) >= len(blocks):
         raise ValueError(f"layers: expected indices below {len(blocks)}, got {max(layers)}")
-    hidden_size = _hidden_size(model)
-    made = {}
+    made: dict[int, tuple[dict[str, LoReFT], str]] = {}
     for i in layers:
         check_swappable(f"block {i}", blocks[i])
-        parameter = next(blocks[i].parameters(), None)
+        component, held = "", blocks[i]
+        if config.component == BLOCK_OUTPUT:
+            width = _hidden_size(model)
+        else:
+            component, held = find_component(blocks[i], config.component)
+            width = held.out_features
+        parameter = next(held.parameters(), None)
         device = None if parameter is None else parameter.device
-        made[i] = {group: LoReFT(hidden_size, config, device=device) for group in config.groups}
+        edits = {group: LoReFT(width, config, device=device) for group in config.groups}
+        made[i] = edits, component
 
     model.requires_grad_(False)
     for module in model.modules():
         protect_from_repacking(module)
-    for i, edits in made.items():
-        attach(blocks[i], i, edits)
+    for i, (edits, component) in made.items():
+        attach(blocks[i], i, edits, component)
     reft: Any = model
     positions = Positions.parse(config.positions)
     reft.reft_config, reft.reft_targets = config, Targets(path, tuple(layers), positions, config.groups)
@@ -127,7 +133,7 @@ class ReftModel(Swapped, nn.Module):
     def edits(self) -> dict[str, LoReFT]:
         """Every edit, by "<block>.<group>": "0.all", or "0.first" and "0.last"."""
         blocks = self.reft_blocks.items()
-        return {f"{i}.{group}": edit for i, block in blocks for group, edit in block.reft.items()}
+        return {f"{i}.{group}": edit for i, block in blocks for group, edit in holder(block).reft.items()}
 
     def unload(self) -> nn.Module:
         """Removes the edits: the model, still frozen, as it was before `get_reft_model`. Returns it."""

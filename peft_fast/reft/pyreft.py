@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedWeight
 from ..orthonormal import OrthonormalRows, dense_base
-from .config import VARIANTS, LoReFTConfig
+from .config import BLOCK_OUTPUT, VARIANTS, LoReFTConfig
 from .edit import LoReFT
 from .files import build, replace_file
 
@@ -42,9 +42,14 @@ def export_pyreft(model: ReftModel, directory: str | Path) -> None:
 
     pyreft can load them for the models whose block_output it knows (Llama, Mistral, Gemma, Qwen2, GPT-2 …).
     It loads V and b in bfloat16, without activation or dropout, and NoReFT and NodiReFT not at all.
+
+    Raises:
+        ValueError: the edits are of another component than the output of blocks.
     """
     directory = Path(directory)
     config, targets = model.reft_config, model.reft_targets
+    if config.component != BLOCK_OUTPUT:
+        raise ValueError(f"model: expected edits of {BLOCK_OUTPUT!r}, got of {config.component!r}")
     directory.mkdir(parents=True, exist_ok=True)
     places = [(i, k, group) for k, group in enumerate(targets.groups) for i in targets.layers]
     keys = [f"layer_{i}_comp_block_output_unit_pos_nunit_1#{k}" for i, k, _ in places]

@@ -6,7 +6,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "lora_linear.h"
+#include "kernels.h"
 
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -17,8 +17,9 @@
 #define PEFT_FAST_LEVEL_ID Level::kAvx2
 #include "simd_avx2.h"
 #include "backward.h"
+#include "loreft_kernels.h"
 
 namespace peft_fast::avx2 {
-const Kernels kernels{forward, backward, dequantize};
+const Kernels kernels{forward, backward, dequantize, loreft, loreft_backward};
 }
 #endif
