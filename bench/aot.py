@@ -3,12 +3,14 @@
     python bench/aot.py            compile everything, write bench/results/aot.csv
     python bench/aot.py --check    compile everything, fail on a broken invariant or a changed table
     python bench/aot.py --check --only dx_kernel sm_90    the rows that contain all of these words
+    python bench/aot.py --only dx_kernel                  the same, their rows of the table replaced
 
 Invariants of each row: no register spills, tensor-core instructions where the kernel multiplies matrices,
 shared memory within the device's limit, no 64-bit floating point, no contraction in the decode. The table is
 compared only when it was made with the running Triton version. Each row is compiled with a dropout mask, the
-sizes divisible by 16 except in the `odd` rows, and the launch options of `kernels/triton_kernels/launch.py`.
-Rows with out_scale are the training tiles on nf4.
+sizes divisible by 16 except in the `odd` rows, and the launch options of `triton_kernels/launch.py`.
+Rows with out_scale are the training tiles on nf4. Kernels of loreft name the selection in place of a weight;
+their rank is not divisible by 16.
 """
 
 from __future__ import annotations
@@ -41,6 +43,11 @@ from peft_fast.triton_kernels.lora_linear import (
     sum_kernel,
     up_backward_kernel,
 )
+from peft_fast.triton_kernels.loreft import (
+    loreft_columns_backward_kernel,
+    loreft_kernel,
+    loreft_rows_backward_kernel,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
@@ -51,7 +58,8 @@ VERSIONS = f"triton {triton.__version__}, torch {torch.__version__.split('+')[0]
 KERNELS = {
     kernel.fn.__name__: kernel.fn if isinstance(kernel, Autotuner) else kernel
     for kernel in (
-        linear_kernel, dx_kernel, down_kernel, up_backward_kernel, da_kernel, sum_kernel, dequantize_kernel
+        linear_kernel, dx_kernel, down_kernel, up_backward_kernel, da_kernel, sum_kernel, dequantize_kernel,
+        loreft_kernel, loreft_rows_backward_kernel, loreft_columns_backward_kernel,
     )
 }  # fmt: skip
 TARGETS = {
@@ -67,7 +75,10 @@ TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma)\b|
 
 
 class Variant(NamedTuple):
-    """The operands of a case: dtypes of the activations and of the adapters, and the weight's storage."""
+    """The operands of a case: dtypes of the activations and of the adapters, and the weight's storage.
+
+    For loreft, which has no weight, a key of `REFT` in its place.
+    """
 
     x: str
     adapter: str
@@ -97,6 +108,13 @@ OUT_SCALE = {
     "dx_kernel": ("p_out_scale",),
     "up_backward_kernel": ("p_out_scale", "p_bias", "p_y", "p_d_out_scale"),
     "sum_kernel": ("p_d_out_scale_partial", "p_d_out_scale"),
+}
+
+# Which rows loreft edits, and constexprs. With `ranks`, the selected rows and more than one rank block.
+REFT: dict[str, dict[str, Any]] = {
+    "all": {"TERMS": 1, "ACT": "linear", "DROP_STATE": False, "MORE_RANKS": False, "p_rows": None},
+    "rows": {"TERMS": 2, "ACT": "gelu", "DROP_STATE": True, "MORE_RANKS": False, "p_residual": None},
+    "ranks": {"TERMS": 2, "ACT": "gelu", "DROP_STATE": True, "MORE_RANKS": True, "p_residual": None},
 }
 
 
@@ -160,6 +178,15 @@ def cases() -> Iterator[Case]:
                 for tile in tiles[variant.x == "bf16"]:
                     yield _case(kernel, tile | {"BLOCK_R": max(configs.RANKS)}, target, variant)
             yield _case("sum_kernel", configs.SUM, target, variant)
+    for target, dtype, form in itertools.product(TARGETS, DTYPES, REFT):
+        half, variant = dtype == "bf16", Variant(dtype, "fp32", form)
+        for tile in configs.REFT_ROWS[half]:
+            for kernel in ("loreft_kernel", "loreft_rows_backward_kernel"):
+                yield _case(kernel, tile | {"BLOCK_R": max(configs.RANKS)}, target, variant)
+        if form != "ranks":
+            for tile in configs.REFT_COLUMNS[half]:
+                columns = tile | {"BLOCK_R": max(configs.RANKS)}
+                yield _case("loreft_columns_backward_kernel", columns, target, variant)
 
 
 def _case(kernel: str, tile: dict[str, int], target: str, variant: Variant) -> Case:
@@ -171,9 +198,11 @@ def source(case: Case) -> tuple[ASTSource, dict[str, Any]]:
     tile = dict(case.tile)
     options = OPTIONS | {k: tile.pop(k) for k in ("num_warps", "num_stages") if k in tile}
     kernel, variant, dense = KERNELS[case.kernel], case.variant, case.variant.weight == "dense"
-    pointers = dict.fromkeys(("p_x", "p_g", "p_y", "p_dx", "p_out"), variant.x)
+    pointers = dict.fromkeys(
+        ("p_x", "p_g", "p_y", "p_dx", "p_out", "p_h", "p_residual", "p_kept", "p_dh"), variant.x
+    )
     pointers |= dict.fromkeys(("p_a", "p_b", "p_da", "p_db", "p_bias"), variant.adapter)
-    pointers |= {"p_mask": "u8", "weight": variant.x if dense else "u8", "absmax": "u8"}
+    pointers |= {"p_mask": "u8", "weight": variant.x if dense else "u8", "absmax": "u8", "p_rows": "i64"}
     constants = tile | {
         "BLOCKSIZE": 64,
         "NESTED_BLOCKSIZE": 256,
@@ -181,6 +210,7 @@ def source(case: Case) -> tuple[ASTSource, dict[str, Any]]:
         "SPLIT": 16 if tile.get("BLOCK_M") == 16 else 1,
         "PRECISION": "ieee" if TARGETS[case.target].backend == "hip" else "tf32x3",
     }
+    constants |= REFT.get(variant.weight, {})
     if not variant.out_scale:
         constants |= dict.fromkeys(OUT_SCALE.get(case.kernel, ()))
     if dense:
@@ -195,8 +225,9 @@ def source(case: Case) -> tuple[ASTSource, dict[str, Any]]:
             continue
         if name in ("scaling", "drop_scale"):
             signature[name], divisible = "fp32", False
-        elif name in ("M", "N", "K", "R", "columns", "n_chunks", "stride_n", "stride_k"):
-            signature[name], divisible = "i32", variant.weight != "odd"
+        elif name in ("M", "m", "N", "K", "D", "R", "columns", "n_chunks", "stride_n", "stride_k"):
+            signature[name] = "i32"
+            divisible = name == "D" if variant.weight in REFT else variant.weight != "odd"
         else:
             signature[name] = "*" + pointers.get(name, "fp32")
         if divisible:
@@ -279,6 +310,11 @@ def write_table(rows: list[Row]) -> None:
         writer.writerows(rows)
 
 
+def left_out(words: list[str]) -> list[Row]:
+    """The rows of the committed table that do not contain all of `words`; none without words."""
+    return [row for row in read_table()[1] if not all(word in " ".join(row[:4]) for word in words)]
+
+
 def changes(rows: list[Row], complete: bool) -> list[str]:
     """How `rows` differ from the committed table; nothing when another Triton made it."""
     versions, table = read_table()
@@ -306,8 +342,8 @@ def main() -> int:
         "--only", nargs="+", default=[], help="only cases whose name contains all these words"
     )
     arguments = parser.parse_args()
-    if arguments.only and not arguments.check:
-        parser.error("--only goes with --check: the table is written whole")
+    if arguments.only and not arguments.check and read_table()[0] != VERSIONS:
+        parser.error(f"--only: expected a table made with {VERSIONS}, got {read_table()[0]}: write it whole")
     selected = [case for case in cases() if all(word in str(case) for word in arguments.only)]
     results = []
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -319,7 +355,7 @@ def main() -> int:
     if arguments.check:
         problems += changes(rows, complete=not arguments.only)
     else:
-        write_table(rows)
+        write_table(sorted(rows + left_out(arguments.only)))
     print(f"{len(rows)} kernels compiled, {len(problems)} problems", *problems, sep="\n")
     return 1 if problems or not rows else 0
 

@@ -5,7 +5,6 @@ cases that only these kernels can get wrong. Without a GPU they run in Triton's 
 """
 
 import itertools
-import mmap
 import os
 import subprocess
 import sys
@@ -13,38 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import device_of, make_weight
+from cases import make_weight
 from tolerances import assert_as_exact
+from triton_cases import DEVICE, DTYPES, Launches, bits, on_device, sparse_bytes
 
-from peft_fast import formats, ops, reference
-from peft_fast.formats import QuantizedWeight
-from peft_fast.reference import Needs
-
-if (reason := ops.BACKENDS["triton"].unavailable("nf4", device_of("triton"), torch.float32)) is not None:
-    pytest.skip(f"triton: {reason}", allow_module_level=True)
-
+# isort: split
 import triton
 import triton.language as tl
-from peft_fast.triton_kernels import configs, decode, launch, tiles
-from triton.runtime.autotuner import Autotuner
+from peft_fast.triton_kernels import configs, decode, tiles
 
-from peft_fast import triton_kernels
+from peft_fast import formats, reference, triton_kernels
+from peft_fast.reference import Needs
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-DEVICE = device_of("triton")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def on_device(value):
-    if isinstance(value, QuantizedWeight):
-        return QuantizedWeight(*map(on_device, value))
-    return value.to(DEVICE) if torch.is_tensor(value) else value
-
-
-def bits(t: torch.Tensor) -> torch.Tensor:
-    return t.contiguous().view(torch.int32 if t.dtype == torch.float32 else torch.int16).cpu()
-
 
 # ---------------------------------------------------------------------------------------------------- decode
 
@@ -205,22 +185,40 @@ def test_large_dropped_values_do_not_leak():
     assert got["lora_A"].isfinite().all()
 
 
+@triton.jit
+def _cast_to_bfloat16(p_in, p_out, n, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    b = tiles.cast(tl.load(p_in + o, mask=o < n, other=0.0), tl.bfloat16)
+    tl.store(p_out + o, b.to(tl.float32), mask=o < n)
+
+
+def test_cast_rounds_to_nearest_even():
+    special = [
+        0.0,
+        -0.0,
+        1 + 2**-8,
+        1 + 3 * 2**-8,
+        -1 - 2**-8,
+        3.4e38,
+        2.0**-130,
+        torch.inf,
+        -torch.inf,
+        torch.nan,
+    ]
+    x = on_device(torch.cat((torch.tensor(special), torch.randn(200))))
+    out = torch.empty_like(x)
+    _cast_to_bfloat16[(1,)](x, out, len(x), BLOCK=256)
+    assert torch.equal(out.nan_to_num(5.0), x.bfloat16().float().nan_to_num(5.0))
+    assert torch.equal(out.signbit()[:-1], x.signbit()[:-1])
+
+
 # -------------------------------------------------------------------------------------------------- launches
 
 
 @pytest.fixture
 def launched(monkeypatch):
     """The names of the kernels that were started."""
-    names = []
-
-    def counting(kernel, grid, *args, **meta):
-        function = kernel.fn if isinstance(kernel, Autotuner) else kernel
-        if callable(grid) or 0 not in grid:
-            names.append(function.fn.__name__)
-        launch.launch(kernel, grid, *args, **meta)
-
-    monkeypatch.setattr(sys.modules["peft_fast.triton_kernels.lora_linear"], "launch", counting)
-    return names
+    return Launches(monkeypatch, "lora_linear").names
 
 
 @pytest.mark.parametrize("out_scale", [False, True])
@@ -277,13 +275,6 @@ def _decode_row(
     tiles.store_tile(p_out, b, 0, 0, ROWS, COLS)
 
 
-def sparse_bytes(numel: int) -> torch.Tensor:
-    """Zeros on the device; on the CPU, memory that is not resident until it is touched."""
-    if DEVICE == "cpu":
-        return torch.frombuffer(mmap.mmap(-1, numel), dtype=torch.uint8)
-    return torch.zeros(numel, dtype=torch.uint8, device=DEVICE)
-
-
 def test_tiles_past_2_to_the_31():
     n_cols, row = 2**20, 2**11  # element (row, 0) has index 2³¹
     matrix = sparse_bytes((row + 1) * n_cols).view(row + 1, n_cols)
@@ -319,7 +310,14 @@ def test_every_reduction_split_covers_its_work():
         assert parts <= max(row_blocks, 1)
 
 
-@pytest.mark.parametrize("words", [("dx_kernel", "sm_90", "bf16/fp32/nf4"), ("up_backward_kernel", "sm_80")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("dx_kernel", "sm_90", "bf16/fp32/nf4"),
+        ("up_backward_kernel", "sm_80"),
+        ("loreft", "sm_90", "bf16/fp32/rows"),
+    ],
+)
 def test_compiled_code_keeps_its_invariants(words):
     """A part of `python bench/aot.py --check`: no spills, tensor cores, shared memory, no fp64, the table."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -1,13 +1,14 @@
 """The Triton backend: the ops of `peft_fast.ops` for GPU tensors, and for CPU tensors under the interpreter.
 
 decode.py       one decode per format, called by every kernel
-tiles.py        tiles in and out, the dot wrapper, dropout, program order
+tiles.py        tiles in and out, the dot wrapper, dropout, activations, program order
 configs.py      tile sizes, with the reason for each
 launch.py       the device guard and the arguments that all kernels take
-lora_linear.py, dequantize.py    kernels, then launchers
+lora_linear.py, loreft.py, dequantize.py    kernels, then launchers
 """
 
 from .dequantize import dequantize
 from .lora_linear import lora_linear, lora_linear_backward
+from .loreft import loreft, loreft_backward
 
-__all__ = ["dequantize", "lora_linear", "lora_linear_backward"]
+__all__ = ["dequantize", "lora_linear", "lora_linear_backward", "loreft", "loreft_backward"]

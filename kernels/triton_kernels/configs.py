@@ -123,6 +123,24 @@ DA: Tiles = {
     True: ({"BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},),
     False: ({"BLOCK_M": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},),
 }
+# The rows kernels of loreft. A program reads P and the basis whole, from L2, in steps of 4 KiB of rows.
+REFT_ROWS: Tiles = {
+    # 16 rows, the least that tensor cores take, spread a few edited positions over the device; three steps
+    # ahead help so few programs to hide latency. 32 rows read P and the basis half as often, and leave
+    # registers for half the depth.
+    True: (
+        {"BLOCK_M": 16, "BLOCK_D": 128, "num_warps": 8, "num_stages": 4},
+        {"BLOCK_M": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3},
+    ),
+    # Three TF32 products take twice the registers: eight warps, and 32 rows would spill.
+    False: ({"BLOCK_M": 16, "BLOCK_D": 64, "num_warps": 8, "num_stages": 4},),
+}
+# Its gradients of P and the basis: at d = 4096 at least one program for each multiprocessor, with loads ahead
+# to hide latency. Stripes of a cache line; three TF32 products leave registers for half the rows.
+REFT_COLUMNS: Tiles = {
+    True: ({"BLOCK_M": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 5},),
+    False: ({"BLOCK_M": 16, "BLOCK_D": 32, "num_warps": 4, "num_stages": 4},),
+}
 DEQUANTIZE = {"BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 4}
 SUM = {"BLOCK": 1024, "num_warps": 4}
 if INTERPRET.value:
@@ -162,6 +180,12 @@ def split(programs: int, steps: int) -> int:
     while parts < 16 and parts * programs < PROGRAMS and 2 * parts <= steps:
         parts *= 2
     return parts
+
+
+def reft_rows(m: int, dtype: torch.dtype) -> dict[str, int]:
+    """The tile of the rows kernels of loreft for m rows: the last where its programs fill a device."""
+    tiles = REFT_ROWS[dtype == torch.bfloat16]
+    return tiles[-1] if m >= PROGRAMS * tiles[-1]["BLOCK_M"] else tiles[0]
 
 
 def chunks(column_blocks: int, ranks: int, row_blocks: int) -> tuple[int, int, int]:

@@ -40,6 +40,11 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+def storable(t: Tensor) -> Tensor:
+    """`t`, which the caller owns, for kernels to write to; an fp32 copy of bfloat16 under the interpreter."""
+    return t.float() if INTERPRET.value and t.dtype == torch.bfloat16 else t
+
+
 def precision(device: torch.device) -> str:
     """How fp32 operands are multiplied: three TF32 products on NVIDIA, natively elsewhere."""
     return "tf32x3" if device.type == "cuda" and torch.version.hip is None else "ieee"

@@ -1,4 +1,4 @@
-"""What every kernel shares: how a tile is read, written and multiplied, dropout, program order.
+"""What kernels share: how a tile is read, written and multiplied, dropout, activations, program order.
 
 Matrices are contiguous and row-major. A tile is addressed from a scalar int64 base, so that only offsets
 inside one tile are 32-bit.
@@ -25,9 +25,12 @@ def widen(b):
 
 @triton.jit
 def cast(b, dtype: tl.constexpr):
-    """Rounds to nearest even to `dtype`; stays fp32 for bfloat16 under the interpreter."""
+    """Rounds to nearest even to `dtype`; under the interpreter a bfloat16 value is held in fp32."""
     if INTERPRET and dtype == tl.bfloat16:
-        return widen(b).to(tl.float32)
+        b = widen(b).to(tl.float32)
+        b_bits = b.to(tl.uint32, bitcast=True)
+        b_bits = (b_bits + 0x7FFF + (b_bits >> 16 & 1)) & 0xFFFF0000
+        return tl.where(b == b, b_bits.to(tl.float32, bitcast=True), b)
     else:
         return b.to(dtype)
 
@@ -57,6 +60,38 @@ def store_tile(p, b, i_row, i_col, n_rows, n_cols):
     mask = (i_row + o_row < n_rows)[:, None] & (i_col + o_col < n_cols)[None, :]
     p_tile = p + tl.cast(i_row, tl.int64) * n_cols + i_col
     tl.store(p_tile + o_row[:, None] * n_cols + o_col[None, :], b.to(p.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def selected_rows(p_rows, i_row, n_selected, n_rows, ROWS: tl.constexpr):
+    """(index int64, valid) [ROWS] of the rows that p_rows [n_selected] names from i_row on.
+
+    Without p_rows they are i_row : i_row + ROWS. An index outside of [0, n_rows) is 0 and not valid.
+    """
+    o_row = i_row + tl.arange(0, ROWS)
+    valid = o_row < n_selected
+    if p_rows is None:
+        return o_row.to(tl.int64), valid
+    else:
+        b_row = tl.load(p_rows + o_row, mask=valid, other=-1)
+        valid = (b_row >= 0) & (b_row < n_rows)
+        return tl.where(valid, b_row, 0), valid
+
+
+@triton.jit
+def load_rows(p_row, valid, i_col, n_cols, COLS: tl.constexpr):
+    """The tile [ROWS, COLS] at column i_col of the rows that p_row [ROWS] points to, zero where not valid."""
+    o_col = i_col + tl.arange(0, COLS)
+    mask = valid[:, None] & (o_col < n_cols)[None, :]
+    return widen(tl.load(p_row[:, None] + o_col[None, :], mask=mask, other=0.0))
+
+
+@triton.jit
+def store_rows(p_row, b, valid, i_col, n_cols):
+    """Writes a tile to column i_col of the valid rows that p_row points to, rounded to their dtype."""
+    o_col = i_col + tl.arange(0, b.shape[1])
+    mask = valid[:, None] & (o_col < n_cols)[None, :]
+    tl.store(p_row[:, None] + o_col[None, :], b.to(p_row.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -103,6 +138,53 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(high, b, tl.dot(middle, b, tl.dot(low, b, acc)))
     else:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def tanh(b):
+    """tanh in fp32: from e^(−2|b|), which cannot overflow, and near 0, where that cancels, its series."""
+    b_square = b * b
+    b_series = b * (1 - b_square * (1 / 3 - b_square * (2 / 15 - b_square * (17 / 315))))
+    b_exp = tl.exp(-2 * tl.abs(b))
+    b_tanh = (1 - b_exp) / (1 + b_exp)
+    return tl.where(b_square < 1 / 64, b_series, tl.where(b < 0, -b_tanh, b_tanh))
+
+
+@triton.jit
+def activation(b, ACT: tl.constexpr):
+    """The activation ACT, a name in `reference.ACTIVATIONS`, of fp32 values."""
+    if ACT == "relu":
+        return tl.where(b < 0, 0.0, b)
+    elif ACT == "gelu":
+        return 0.5 * b * (1 + tl.erf(b * 0.7071067811865476))
+    elif ACT == "tanh":
+        return tanh(b)
+    elif ACT == "silu":
+        return b * tl.sigmoid(b)
+    elif ACT == "sigmoid":
+        return tl.sigmoid(b)
+    else:
+        tl.static_assert(ACT == "linear")
+        return b
+
+
+@triton.jit
+def activation_slope(b, ACT: tl.constexpr):
+    """The derivative of `activation` at b."""
+    if ACT == "relu":
+        return tl.where(b > 0, 1.0, 0.0)
+    elif ACT == "gelu":
+        b_density = 0.3989422804014327 * tl.exp(-0.5 * b * b)
+        return 0.5 * (1 + tl.erf(b * 0.7071067811865476)) + b * b_density
+    elif ACT == "tanh":
+        return 1 - tanh(b) * tanh(b)
+    elif ACT == "silu":
+        return tl.sigmoid(b) * (1 + b * (1 - tl.sigmoid(b)))
+    elif ACT == "sigmoid":
+        return tl.sigmoid(b) * (1 - tl.sigmoid(b))
+    else:
+        tl.static_assert(ACT == "linear")
+        return tl.zeros_like(b) + 1.0
 
 
 @triton.jit
