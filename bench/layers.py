@@ -105,6 +105,21 @@ def linear4bit(operands: Operands, dtype: torch.dtype) -> bnb.nn.Linear4bit:
     return layer
 
 
+def to_nf4(model: nn.Module) -> None:
+    """Replaces every linear layer of a model by a `Linear4bit` of its weights, nested NF4, in place."""
+    for parent in list(model.modules()):
+        for name, linear in list(parent.named_children()):
+            if type(linear) is nn.Linear:
+                new = bnb.nn.Linear4bit(
+                    linear.in_features, linear.out_features, linear.bias is not None,
+                    compute_dtype=linear.weight.dtype, quant_type="nf4",
+                )  # fmt: skip
+                new.load_state_dict(linear.state_dict())
+                setattr(
+                    parent, name, new.to(linear.weight.dtype).to(linear.weight.device).requires_grad_(False)
+                )
+
+
 def make_step(provider: Provider, layer: nn.Module, shape: Shape, M: int) -> Step:
     """`layer` on the inputs of (M, dtype), which are the same for all providers."""
     generator = torch.Generator().manual_seed(M)
