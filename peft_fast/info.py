@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,13 +19,15 @@ from torch.nn import functional as F
 
 from . import __version__, backends, native
 from .formats import DENSE_DTYPES, FORMATS, QuantizedWeight, code_table, from_dense
-from .functional import lora_linear
+from .functional import lora_linear, loreft
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-OPS = ("lora_linear",)
+OPS = {"lora_linear": tuple(FORMATS), "loreft": ("dense",)}
+"""Each op, and the weight formats that it is run over."""
+
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
 _EPSILON = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
@@ -83,7 +86,7 @@ def cases() -> list[Case]:
         Case(op, backend, device, format, _name(dtype), reason)
         for op in OPS
         for device in _device_types()
-        for format in FORMATS
+        for format in OPS[op]
         for dtype in DENSE_DTYPES
         for backend, reason in backends.availability(op, format, device, dtype).items()
     ]
@@ -114,41 +117,79 @@ def self_test() -> list[Outcome]:
     return [_run(case) for case in cases() if case.reason is None]
 
 
+class Problem(NamedTuple):
+    """A small computation: by an op, the same in plain PyTorch, and what both take."""
+
+    fused: Callable[..., Tensor]
+    plain: Callable[..., Tensor]
+    grad: Tensor
+    inputs: dict[str, Tensor]
+
+
 def _run(case: Case) -> Outcome:
-    """Y and each gradient may have twice the error of plain PyTorch at the same dtype, plus a rounding."""
+    """Output and gradients may have twice plain PyTorch's error at the same dtype, plus a rounding."""
     dtype = getattr(torch, case.dtype)
-    M, N, K, R = 5, 96, 128, 4
-    generator = torch.Generator().manual_seed(0)
-    weight = _weight(case.format, N, K, dtype, generator, case.device)
-
-    def random(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(case.device, dtype)
-
-    x, grad = random(M, K, dtype=dtype), random(M, N, dtype=dtype)
-    A, B, bias = (random(*shape, dtype=torch.float32) for shape in ((R, K), (N, R), (N,)))
-
-    def fused(x: Tensor, A: Tensor, B: Tensor, bias: Tensor) -> Tensor:
-        return lora_linear(x, weight, A, B, bias, scaling=0.5, backend=case.backend)
-
+    problem = _lora_linear_problem(case) if case.op == "lora_linear" else _loreft_problem(case)
+    inputs = tuple(problem.inputs.values())
     try:
-        got = _results(fused, grad, x, A, B, bias)
+        got = _results(problem.fused, problem.grad, *inputs)
     except Exception as failure:  # a broken backend is what this is here to find, whatever it raises
         return Outcome(case, float("inf"), 0.0, f"{type(failure).__name__}: {failure}")
-
-    def plain(x: Tensor, A: Tensor, B: Tensor, bias: Tensor) -> Tensor:
-        A, B, bias = (t.to(x.dtype) for t in (A, B, bias))
-        return F.linear(x, weight.decode(x.dtype), bias) + 0.5 * F.linear(F.linear(x, A), B)
-
-    expected = _results(plain, grad, x, A, B, bias)
-    truth = _results(plain, *(t.double() for t in (grad, x, A, B, bias)))
+    expected = _results(problem.plain, problem.grad, *inputs)
+    truth = _results(problem.plain, *(t.double() for t in (problem.grad, *inputs)))
     worst = Outcome(case, 0.0, 0.0, None)
-    for name, ours, theirs, exact in zip(("Y", "dX", "dA", "dB", "dbias"), got, expected, truth, strict=True):
+    names = ("Y", *(f"d{name}" for name in problem.inputs))
+    for name, ours, theirs, exact in zip(names, got, expected, truth, strict=True):
         error, allowed = _distance(ours, exact), 2 * _distance(theirs, exact) + _EPSILON[dtype]
         if not error <= allowed:  # so that NaN fails
             return Outcome(case, error, allowed, f"{name} is off by {error:.2e}, allowed {allowed:.2e}")
         if error >= worst.error:
             worst = Outcome(case, error, allowed, None)
     return worst
+
+
+def _random(case: Case) -> Callable[..., Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(case.device, dtype)
+
+    return random
+
+
+def _lora_linear_problem(case: Case) -> Problem:
+    dtype, random = getattr(torch, case.dtype), _random(case)
+    M, N, K, R = 5, 96, 128, 4
+    weight = _weight(case.format, N, K, dtype, torch.Generator().manual_seed(1), case.device)
+
+    def fused(x: Tensor, A: Tensor, B: Tensor, bias: Tensor) -> Tensor:
+        return lora_linear(x, weight, A, B, bias, scaling=0.5, backend=case.backend)
+
+    def plain(x: Tensor, A: Tensor, B: Tensor, bias: Tensor) -> Tensor:
+        A, B, bias = (t.to(x.dtype) for t in (A, B, bias))
+        return F.linear(x, weight.decode(x.dtype), bias) + 0.5 * F.linear(F.linear(x, A), B)
+
+    x, grad = random(M, K, dtype=dtype), random(M, N, dtype=dtype)
+    return Problem(fused, plain, grad, {"X": x, "A": random(R, K), "B": random(N, R), "bias": random(N)})
+
+
+def _loreft_problem(case: Case) -> Problem:
+    dtype, random = getattr(torch, case.dtype), _random(case)
+    M, d, r = 6, 96, 4
+    rows = torch.tensor([4, 0, -1, 3], device=case.device)
+    chosen = rows[rows >= 0]
+
+    def fused(h: Tensor, basis: Tensor, source: Tensor, bias: Tensor) -> Tensor:
+        return loreft(h, basis, source, bias, rows=rows, act="tanh", backend=case.backend)
+
+    def plain(h: Tensor, basis: Tensor, source: Tensor, bias: Tensor) -> Tensor:
+        R, V, b = (t.to(h.dtype) for t in (basis, source, bias))
+        edit = (torch.tanh(F.linear(h[chosen], V, b)) - F.linear(h[chosen], R)) @ R
+        return h.index_add(0, chosen, edit)
+
+    h, grad = random(M, d, dtype=dtype), random(M, d, dtype=dtype)
+    inputs = {"H": h, "R": random(r, d) / d**0.5, "V": random(r, d) / d**0.5, "b": random(r)}
+    return Problem(fused, plain, grad, inputs)
 
 
 def _results(function: Any, grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -227,12 +268,13 @@ def _backend_table(of_device: list[Case]) -> Table:
     from rich.table import Table
 
     op, _, device, *_ = of_device[0]
-    table = Table("backend", *FORMATS, "why not", title=f"{op} on {device}, in order of preference")
+    formats = OPS[op]
+    table = Table("backend", *formats, "why not", title=f"{op} on {device}, in order of preference")
     for backend in dict.fromkeys(case.backend for case in of_device):
         of_backend = [case for case in of_device if case.backend == backend]
         dtypes = [
             "\n".join(c.dtype for c in of_backend if c.format == format and c.reason is None) or "-"
-            for format in FORMATS
+            for format in formats
         ]
         reasons = dict.fromkeys(case.reason for case in of_backend if case.reason is not None)
         table.add_row(backend, *dtypes, "\n".join(reasons))
