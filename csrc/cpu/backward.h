@@ -72,14 +72,18 @@ inline void stage_grad(const Gradients& wanted, const Tokens& tokens, int64_t m,
     if (b.dbias != nullptr)
       for (int64_t i = 0; i < n; ++i) bias_sums[i] += grad[i];
     if (b.d_out_scale != nullptr) {
+      prefetch(b.y, at + kAhead * N, n, b.M * N);
       to_float(b.y, at, n, y);
-      for (int64_t i = 0; i < n; ++i) scale_sums[i] += grad[i] * ((y[i] - bias[i]) / scale[i]);
+      for (int64_t i = 0; i < n; ++i) scale_sums[i] += grad[i] * (y[i] - bias[i]);
     }
     if (scale != nullptr)
       for (int64_t i = 0; i < n; ++i) grad[i] *= scale[i];
   }
   if (b.dbias != nullptr) add_sums(bias_sums, n, first > 0, b.dbias + n0);
-  if (b.d_out_scale != nullptr) add_sums(scale_sums, n, first > 0, b.d_out_scale + n0);
+  if (b.d_out_scale != nullptr) {
+    for (int64_t i = 0; i < n; ++i) scale_sums[i] /= scale[i];
+    add_sums(scale_sums, n, first > 0, b.d_out_scale + n0);
+  }
 }
 
 // One pass over dY: dY' as cells, dB, dbias and d_out_scale, and dZ in parts; z_packed is z (depth rows).
