@@ -31,7 +31,7 @@ VARIANTS = ("loreft", "noreft", "direft", "nodireft", "consreft", "lobireft")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def make(kind: str, bias: bool = True, strategy: str = "auto", **options) -> LoReFTLinear:
+def make(kind: str, bias: bool = True, strategy: str = "auto", N: int = N, **options) -> LoReFTLinear:
     torch.manual_seed(0)
     base = nn.Linear(K, N, bias=bias)
     base = to_4bit(base) if kind == "nf4" else base
@@ -91,23 +91,24 @@ def test_half_precision_folds_with_one_rounding(kind, dtype):
     assert (y.double() - truth).norm() <= 2 * torch.finfo(dtype).eps * truth.norm()
 
 
-def test_the_strategy_follows_the_number_of_rows(monkeypatch):
+def test_the_strategy_follows_the_shape(monkeypatch):
     monkeypatch.setattr(reft_linear, "FOLD_FROM", 6)
     folds = []
     fold_edit = reft_linear.fold_edit
     monkeypatch.setattr(reft_linear, "fold_edit", lambda *a, **k: (folds.append(1), fold_edit(*a, **k))[1])
-    layer, rows = make("nf4"), torch.tensor([0, 3])
-    for x, given, folded in (
-        (torch.randn(5, K), None, False),
-        (torch.randn(2, 3, K), None, True),
-        (torch.randn(8, K), rows, False),
+    narrow, wide, rows = make("nf4"), make("nf4", N=2 * K), torch.tensor([0, 3])
+    for layer, x, given, folded in (
+        (wide, torch.randn(5, K), None, False),
+        (wide, torch.randn(2, 3, K), None, True),
+        (wide, torch.randn(8, K), rows, False),
+        (narrow, torch.randn(8, K), None, False),
     ):
         folds.clear()
         layer(x, given)
         assert bool(folds) is folded
     for options in ({"act_fn": "relu"}, {"dropout": 0.5}):
         folds.clear()
-        make("nf4", **options)(torch.randn(8, K))
+        make("nf4", N=2 * K, **options)(torch.randn(8, K))
         assert not folds
 
 
