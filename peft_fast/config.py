@@ -13,6 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+METHODS = ("lora", "dora", "loreft")
+WEIGHT_METHODS = ("lora", "dora")
+LEARNING_RATES = {"lora": 1e-3, "dora": 1e-3, "loreft": 3e-3}
+"""The default for each method. The default job learns slower with LoReFT at 2e-3, and nothing at 1e-2."""
+
 
 def option(
     default: Any,
@@ -22,10 +27,11 @@ def option(
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
+    methods: tuple[str, ...] = METHODS,
 ) -> Any:
-    """A dataclass field with its help text and its range."""
+    """A dataclass field with its help text, its range, and the methods that have it."""
     rules = {"help": help, "choices": choices, "minimum": minimum, "above": above, "maximum": maximum}
-    return dataclasses.field(default=default, metadata=rules)
+    return dataclasses.field(default=default, metadata={**rules, "methods": methods})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,20 +66,56 @@ class TrainConfig:
         "Dtype of the frozen model; bf16 and fp16 train in autocast.",
         choices=("fp32", "bf16", "fp16"),
     )
-    method: str = option("lora", "Adapter to train.", choices=("lora", "dora"))
+    method: str = option("lora", "Adapter to train.", choices=METHODS)
     r: int = option(8, "Rank of the adapter.", minimum=1)
-    alpha: float = option(16.0, "The adapter's output is scaled by alpha / r.", above=0)
-    dropout: float = option(0.0, "Dropout on the adapter's input.", minimum=0, maximum=1)
+    alpha: float = option(
+        16.0, "The adapter's output is scaled by alpha / r (not loreft).", above=0, methods=WEIGHT_METHODS
+    )
+    dropout: float = option(
+        0.0, "Dropout on the adapter's input; in loreft on what it adds.", minimum=0, maximum=1
+    )
     target_modules: str = option(
-        "all-linear", "Layers to adapt: all-linear, or the ends of their names, separated by commas."
+        "all-linear",
+        "Layers to adapt: all-linear, or the ends of their names, separated by commas (not loreft).",
+        methods=WEIGHT_METHODS,
+    )
+    positions: str = option(
+        "f7+l7",
+        "Tokens to edit: f7+l7 the first and the last 7, f7, l7, or all (loreft).",
+        methods=("loreft",),
+    )
+    layers: str = option(
+        "all", "Blocks to edit: all, or indices, separated by commas (loreft).", methods=("loreft",)
+    )
+    component: str = option(
+        "block_output",
+        "What to edit: block_output, or a linear layer of each block by the end of its name (loreft).",
+        methods=("loreft",),
+    )
+    share_weights: bool = option(
+        True, "One edit for the first and the last tokens, instead of two (loreft).", methods=("loreft",)
+    )
+    init: str = option(
+        "pyreft",
+        "How edits start: as pyreft's, or as the identity (loreft).",
+        choices=("pyreft", "identity"),
+        methods=("loreft",),
     )
     backend: str = option("auto", "Kernels to run: auto, or a name that `peft-fast info` lists.")
-    stock: bool = option(False, "Train with PEFT's and bitsandbytes' own layers, for comparison.")
+    stock: bool = option(
+        False,
+        "Train with PEFT's and bitsandbytes' own layers, for comparison; loreft keeps its edits, which "
+        "neither has.",
+    )
 
     steps: int | None = option(None, "Optimizer steps; counted from --epochs when not given.", minimum=1)
     epochs: float = option(1.0, "Passes over the training data.", above=0)
     batch_size: int = option(32, "Examples in each training step.", minimum=1)
-    lr: float = option(1e-3, "Peak learning rate of AdamW; falls linearly to zero.", above=0)
+    lr: float | None = option(
+        None,
+        "Peak learning rate of AdamW, by default 1e-3, and 3e-3 for loreft; falls linearly to zero.",
+        above=0,
+    )
     warmup: float = option(0.06, "Fraction of the steps in which the rate rises.", minimum=0, maximum=1)
     weight_decay: float = option(0.0, "Weight decay of AdamW.", minimum=0)
     seed: int = option(0, "Seed of the weights, the order of the data and dropout.", minimum=0)
@@ -91,6 +133,12 @@ class TrainConfig:
             value = _typed(name, kind, getattr(self, name))
             object.__setattr__(self, name, value)
             _check_range(name, value, type(self).__dataclass_fields__[name].metadata)
+        if self.lr is None:
+            object.__setattr__(self, "lr", LEARNING_RATES[self.method])
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if self.method not in field.metadata["methods"] and value != field.default:
+                raise ValueError(f"{field.name}: expected none for method {self.method!r}, got {value!r}")
         needs_data = self.task != "docstring-swap"
         if needs_data and self.data is None:
             raise ValueError(f"data: expected a file for task {self.task!r}, got None")

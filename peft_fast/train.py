@@ -4,7 +4,8 @@ A run is a folder:
 
     config.yaml     its options (what --resume reads)
     checkpoints/    adapter, optimizer, schedule and random states, every --save-every steps; the last two
-    adapter/        the trained adapter in PEFT's format, with the tokenizer
+    adapter/        the trained adapter with the tokenizer, in PEFT's format; for LoReFT, edits as
+                    `ReftModel.from_pretrained` reads them, and the head as `base_models.load_head` does
     metrics.json    what was run, where, how long, and how well
     curves.png      loss and accuracy over the steps
 """
@@ -17,31 +18,24 @@ import math
 import shutil
 import statistics
 import time
-import typing
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch.utils.data import Sampler
-from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_callback import ExportableState, PrinterCallback
-from transformers.trainer_utils import EvalPrediction
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
-from . import base_models, tasks
+from . import backends, base_models, tasks
 from . import config as options
 from .config import TrainConfig
 from .errors import UnsupportedLayer
 from .info import cpu_name, versions
-
-COMPLETE = "complete"
-"""A file that a checkpoint gets last: without it the job was killed while writing."""
+from .reft import ReftModel
+from .trainer import COMPLETE, AdapterTrainer, ProgressReport, accuracy, length
 
 
 def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]:
@@ -61,6 +55,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     folder = base_models.model_folder(config)
     tokenizer = base_models.load_tokenizer(config, folder)
     task = tasks.build(config, tokenizer)
+    adapter = base_models.adapter_config(config, "CAUSAL_LM" if task.label_names is None else "SEQ_CLS")
     checkpoint = _prepare_folder(config, console)
     steps = config.steps or math.ceil(config.epochs * math.ceil(len(task.train) / config.batch_size))
     arguments = _training_arguments(config, steps, label_names=task.label_names, use_cpu=not cuda)
@@ -69,17 +64,22 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     base = base_models.load_base(config, folder, task.label_names, arguments.device)
     if task.label_names is not None:
         base.config.pad_token_id = tokenizer.pad_token_id
-    model = base_models.add_adapter(config, base, "CAUSAL_LM" if task.label_names is None else "SEQ_CLS")
-    layers = _make_fast(config, model, console)
+    if config.method == "loreft":  # an edited linear layer is fused before its class is that of an edit
+        layers = _make_fast(config, base, console)
+        model = base_models.add_adapter(adapter, base)
+        layers["edits"] = _edits(config, model, arguments.device)
+    else:
+        model = base_models.add_adapter(adapter, base)
+        layers = _make_fast(config, model, console)
 
     progress = ProgressReport(steps, console, checkpoint)
-    trainer = _LengthGroupedTrainer(
+    trainer = AdapterTrainer(
         model=model,
         args=arguments,
         train_dataset=task.train,
-        eval_dataset=sorted(task.eval, key=_length),
+        eval_dataset=sorted(task.eval, key=length),
         data_collator=DataCollatorWithPadding(tokenizer) if tokenizer.pad_token_id is not None else None,
-        compute_metrics=_accuracy if task.label_names is not None else None,
+        compute_metrics=accuracy if task.label_names is not None else None,
         callbacks=[progress],
     )
     trainer.remove_callback(PrinterCallback)
@@ -97,6 +97,8 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         "examples": {"train": len(task.train), "eval": len(task.eval)},
     }
     model.save_pretrained(config.folder / "adapter")
+    if isinstance(model, ReftModel):
+        base_models.save_head(model, config.folder / "adapter")
     tokenizer.save_pretrained(config.folder / "adapter")
     _write(config.folder, metrics)
     _summarize(metrics, config, console)
@@ -144,6 +146,7 @@ def _prepare_folder(config: TrainConfig, console: Console) -> Path | None:
 def _training_arguments(
     config: TrainConfig, steps: int, *, label_names: list[str] | None, use_cpu: bool
 ) -> TrainingArguments:
+    assert config.lr is not None, "TrainConfig sets the default of its method"
     arguments = TrainingArguments(
         output_dir=str(config.folder / "checkpoints"),
         max_steps=steps,
@@ -178,6 +181,8 @@ def _training_arguments(
 def _make_fast(config: TrainConfig, model: Any, console: Console) -> dict[str, Any]:
     """Swaps in the fused layers, unless --stock, and returns how many layers run on what.
 
+    Without quantization, LoReFT has no layer to swap: those without an adapter are PyTorch's own.
+
     Raises:
         UnsupportedLayer: no layer can be fused; the message says why.
     """
@@ -187,10 +192,17 @@ def _make_fast(config: TrainConfig, model: Any, console: Console) -> dict[str, A
                 f"Stock: bitsandbytes' CPU repacking is switched off in {switched_off} layers; the first "
                 "evaluation would repack their weights in place, and training would get no gradient after it."
             )
+        if config.method == "loreft":
+            edited = "" if config.component == "block_output" else ", and the layers that they edit"
+            console.print(
+                f"Stock: the edits{edited} are this library's; neither PEFT nor bitsandbytes has any."
+            )
+    if config.stock or (config.method == "loreft" and config.quant == "none"):
         return {"fused": 0, "backends": {}, "left": {}}
     from .convert import accelerate
 
-    report = accelerate(model, methods=(config.method,), backend=config.backend)
+    method = "base" if config.method == "loreft" else config.method
+    report = accelerate(model, methods=(method,), backend=config.backend)
     left = {row.name: row.reason for row in report.left}
     if not report.fused:
         reasons = "; ".join(sorted({str(reason) for reason in left.values()}))
@@ -198,7 +210,7 @@ def _make_fast(config: TrainConfig, model: Any, console: Console) -> dict[str, A
             f"model: expected at least one layer to fuse, got none ({reasons}); see --stock"
         )
     for name, reason in left.items():
-        console.print(f"Left to PEFT: {name}: {reason}")
+        console.print(f"Left as it is: {name}: {reason}")
     return {
         "fused": len(report.fused),
         "backends": dict(collections.Counter(row.backend for row in report.fused)),
@@ -206,116 +218,10 @@ def _make_fast(config: TrainConfig, model: Any, console: Console) -> dict[str, A
     }
 
 
-# ---------------------------------------------------------------------------------------------- training
-
-
-def _length(features: tasks.Features) -> int:
-    ids = features["input_ids"]
-    assert isinstance(ids, list)
-    return len(ids)
-
-
-class LengthGroupedSampler(Sampler[int]):
-    """Shuffled batches of texts of about the same length, in an order that follows from (seed, epoch) alone.
-
-    Every `POOL` batches of a random permutation are sorted by length and cut; the batches are then shuffled.
-    A batch smaller than the others comes last.
-    """
-
-    POOL = 50
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        self.lengths = lengths
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        pool = self.POOL * self.batch_size
-        for i in range(0, len(order), pool):
-            order[i : i + pool] = sorted(order[i : i + pool], key=self.lengths.__getitem__)
-        full = len(order) // self.batch_size
-        for i in torch.randperm(full, generator=generator).tolist():
-            yield from order[i * self.batch_size : (i + 1) * self.batch_size]
-        yield from order[full * self.batch_size :]
-
-
-class _LengthGroupedTrainer(Trainer):
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        lengths = [_length(features) for features in typing.cast(list[tasks.Features], self.train_dataset)]
-        return LengthGroupedSampler(lengths, self.args.train_batch_size, self.args.seed)
-
-
-def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
-    return {"accuracy": float((logits.argmax(-1) == labels).mean())}
-
-
-class ProgressReport(TrainerCallback, ExportableState):
-    """The progress bar, the time of every step, and the mark of a complete checkpoint.
-
-    The times are part of the checkpoints, so those of a resumed run cover all of its steps.
-    """
-
-    def __init__(self, steps: int, console: Console, checkpoint: Path | None) -> None:
-        self.step_seconds: list[float] = []
-        if checkpoint is not None:
-            saved = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-            self.step_seconds += saved["stateful_callbacks"][type(self).__name__]["attributes"]["seconds"]
-        self._bar = Progress(
-            TextColumn("[bold]training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[ms]} ms/step"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
-        self._task = self._bar.add_task("training", total=steps, loss="-", ms="-")
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"seconds": self.step_seconds}}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._bar.start()
-        self._bar.update(self._task, completed=state.global_step)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._started = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if args.device.type == "cuda":
-            torch.cuda.synchronize(args.device)
-        self.step_seconds.append(time.perf_counter() - self._started)
-        if state.global_step == state.max_steps:
-            control.should_evaluate = True
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logs = kwargs["logs"]
-        if "loss" in logs:
-            ms = f"{1000 * statistics.median(self.step_seconds[-50:]):.0f}"
-            self._bar.update(self._task, completed=state.global_step, loss=f"{logs['loss']:.4f}", ms=ms)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        metrics = kwargs["metrics"]
-        accuracy = f"  accuracy {metrics['eval_accuracy']:.3f}" if "eval_accuracy" in metrics else ""
-        self._bar.console.print(
-            f"step {state.global_step:5d}  evaluation loss {metrics['eval_loss']:.4f}{accuracy}"
-        )
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        Path(args.output_dir, f"checkpoint-{state.global_step}", COMPLETE).touch()
-
-    def stop(self) -> None:
-        self._bar.stop()
+def _edits(config: TrainConfig, model: ReftModel, device: torch.device) -> dict[str, int]:
+    """How many edits run on which backend."""
+    dtype = base_models.DTYPES[config.dtype]
+    return {backends.resolve("loreft", "dense", device.type, dtype, config.backend): len(model.edits)}
 
 
 # --------------------------------------------------------------------------------------------- reporting
@@ -359,8 +265,11 @@ def _write(folder: Path, metrics: dict[str, Any]) -> None:
 
 def _summarize(metrics: dict[str, Any], config: TrainConfig, console: Console) -> None:
     layers = metrics["layers"]
-    kernels = "stock" if config.stock else f"{layers['fused']} layers on {', '.join(layers['backends'])}"
-    table = Table(show_header=False, title=f"{config.task}: {config.method} on {config.quant}, {kernels}")
+    parts = ["stock"] if config.stock else []
+    parts += [f"{count} layers on {backend}" for backend, count in layers["backends"].items()]
+    parts += [f"{count} edits on {backend}" for backend, count in layers.get("edits", {}).items()]
+    title = f"{config.task}: {config.method} on {config.quant}, {', '.join(parts)}"
+    table = Table(show_header=False, title=title)
     if metrics["accuracy"] is not None:
         table.add_row("accuracy", f"{metrics['accuracy']:.3f}")
     if metrics["perplexity"] is not None:

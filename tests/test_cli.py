@@ -49,6 +49,14 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(monkeypatch, capsys,
     assert trained == [config.TrainConfig(lr=5e-4, seed=8, stock=False, max_length=16, method="dora")]
 
 
+def test_flags_of_loreft(monkeypatch, capsys, trained):
+    flags = ("--positions", "f3", "--layers", "0,2", "--component", "down_proj", "--no-share-weights")
+    arguments = ("train", "--method", "loreft", *flags, "--init", "identity")
+    assert call(monkeypatch, capsys, *arguments)[0] == 0
+    options = {"positions": "f3", "layers": "0,2", "component": "down_proj", "init": "identity"}
+    assert trained == [config.TrainConfig(method="loreft", share_weights=False, **options)]
+
+
 def test_every_option_is_a_flag_with_help(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = call(monkeypatch, capsys, "train", "--help")
@@ -62,7 +70,8 @@ def test_every_option_is_a_flag_with_help(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (("--r", "0"), "peft-fast: r: expected at least 1, got 0\n"),
-        (("--method", "vera"), "peft-fast: method: expected one of lora, dora, got 'vera'\n"),
+        (("--method", "vera"), "peft-fast: method: expected one of lora, dora, loreft, got 'vera'\n"),
+        (("--positions", "all"), "peft-fast: positions: expected none for method 'lora', got 'all'\n"),
         (("--quant", "int3"), "peft-fast: quant: expected one of nf4, fp4, none, got 'int3'\n"),
         (
             ("--config", "no-such.yaml"),

@@ -1,9 +1,13 @@
 """The options of a job: types, ranges, YAML files and what wins over what."""
 
+import dataclasses
+
 import pytest
 
-from peft_fast import config
+from peft_fast import LoReFTConfig, config
+from peft_fast.base_models import adapter_config
 from peft_fast.config import TrainConfig
+from peft_fast.reft.config import INITS
 
 
 @pytest.mark.parametrize(
@@ -17,7 +21,16 @@ from peft_fast.config import TrainConfig
         ({"lr": float("inf")}, "lr: expected more than 0 and a finite number"),
         ({"dropout": 1.5}, "dropout: expected at least 0 and at most 1"),
         ({"quant": "int3"}, "quant: expected one of nf4, fp4, none, got 'int3'"),
-        ({"method": "vera"}, "method: expected one of lora, dora, got 'vera'"),
+        ({"method": "vera"}, "method: expected one of lora, dora, loreft, got 'vera'"),
+        ({"init": "zero"}, "init: expected one of pyreft, identity, got 'zero'"),
+        ({"share_weights": 1}, "share_weights: expected bool, got 1"),
+        ({"method": "loreft", "alpha": 32}, "alpha: expected none for method 'loreft', got 32.0"),
+        ({"method": "loreft", "target_modules": "q"}, "target_modules: expected none for method 'loreft'"),
+        ({"positions": "all"}, "positions: expected none for method 'lora', got 'all'"),
+        ({"method": "dora", "layers": "0"}, "layers: expected none for method 'dora', got '0'"),
+        ({"component": "dense"}, "component: expected none for method 'lora', got 'dense'"),
+        ({"share_weights": False}, "share_weights: expected none for method 'lora', got False"),
+        ({"init": "identity"}, "init: expected none for method 'lora', got 'identity'"),
         ({"method": 3}, "method: expected str, got 3"),
         ({"stock": "yes"}, "stock: expected bool, got 'yes'"),
         ({"task": "causal-lm", "model": "x"}, "data: expected a file for task 'causal-lm'"),
@@ -31,11 +44,32 @@ def test_bad_options_are_named(options, message):
     assert message in str(error.value)
 
 
+def test_options_of_edits_are_those_of_their_config():
+    shared = {f.name: f.default for f in dataclasses.fields(LoReFTConfig) if f.name in config.OPTIONS}
+    assert {"positions", "layers", "component", "share_weights", "init"} < set(shared)
+    assert {name: config.OPTIONS[name].default for name in shared} == shared
+    assert config.OPTIONS["init"].metadata["choices"] == INITS
+    options = {"positions": "f3", "component": "up_proj", "share_weights": False, "init": "identity"}
+    made = adapter_config(
+        TrainConfig(method="loreft", r=4, layers="2, 0", dropout=0.1, backend="reference", **options),
+        "SEQ_CLS",
+    )
+    assert made == LoReFTConfig(r=4, layers=[0, 2], dropout=0.1, backend="reference", **options)
+
+
 def test_yaml_reads_exponents_and_dashes(tmp_path):
     path = tmp_path / "job.yaml"
     path.write_text("lr: 2e-3\nbatch-size: 4\n")
     resolved = config.resolve({"batch_size": None, "seed": 3}, path)
     assert (resolved.lr, resolved.batch_size, resolved.seed) == (2e-3, 4, 3)
+
+
+def test_the_default_learning_rate_is_the_methods():
+    assert set(config.LEARNING_RATES) == set(config.METHODS)
+    for method, rate in config.LEARNING_RATES.items():
+        assert TrainConfig(method=method).lr == rate
+        assert f"{rate:.0e}".replace("e-0", "e-") in config.OPTIONS["lr"].metadata["help"]
+    assert TrainConfig(method="loreft", lr=3e-4).lr == 3e-4
 
 
 def test_the_method_names_the_folder_of_the_run(tmp_path):

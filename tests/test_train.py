@@ -12,86 +12,28 @@ import sys
 import pytest
 import torch
 from peft import PeftModel
-from rich.console import Console
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from train_jobs import WORDS, adapter, labelled_rows, run, save_bert, save_llama, save_rows, tiny
 
 import peft_fast
 from peft_fast import base_models, config, tasks
 from peft_fast.config import TrainConfig
-from peft_fast.train import LengthGroupedSampler, train
-
-WORDS = [f"w{i}" for i in range(60)]
-
-
-def tiny_tokenizer():
-    special = ["[PAD]", "[UNK]"]
-    vocabulary = {word: i for i, word in enumerate(special + WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+from peft_fast.trainer import LengthGroupedSampler
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bert")
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=62, max_position_embeddings=64, **sizes)).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_bert(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(vocab_size=62, num_key_value_heads=1, initializer_range=0.3, **sizes)
-    ).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def labelled_rows(count=120):
-    """Texts whose label is whether they begin with w0: something a tiny model can learn."""
-    rng = random.Random(0)
-    rows = []
-    for _ in range(count):
-        label = rng.randrange(2)
-        rows.append(
-            (
-                " ".join([WORDS[0] if label else WORDS[1], *rng.choices(WORDS[2:], k=rng.randrange(3, 9))]),
-                label,
-            )
-        )
-    return rows
+    return save_llama(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
 def csv_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "rows.csv"
-    path.write_text(
-        "text,label\n" + "".join(f'"{text}",{"yes" if label else "no"}\n' for text, label in labelled_rows())
-    )
-    return path
-
-
-def tiny(bert, csv_file, output, **options):
-    """The options of a job of eight steps in two epochs, so that it crosses one."""
-    defaults = {"task": "classification", "model": bert, "data": csv_file, "batch_size": 32, "steps": 8}
-    every = {"eval_every": 3, "save_every": 3, "lr": 1e-2, "dropout": 0.1, "output": output}
-    return TrainConfig(**{**defaults, **every, **options})
-
-
-def run(options):
-    return train(options, Console(quiet=True))
-
-
-def adapter(folder):
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
+    return save_rows(tmp_path_factory.mktemp("data") / "rows.csv")
 
 
 def test_sampler_groups_lengths_and_follows_seed_and_epoch():
@@ -158,13 +100,14 @@ def test_classification_learns_and_writes_its_folder(bert, csv_file, tmp_path):
 
 def test_every_adapter_moves_after_the_first_evaluation(bert, csv_file, tmp_path):
     """An evaluation must not stop training (bitsandbytes' CPU repacking would), stock or fused."""
-    for stock, method in itertools.product((False, True), ("lora", "dora")):
+    for stock, method in itertools.product((False, True), ("lora", "dora", "loreft")):
         folder = tmp_path / f"{method}-{stock}"
         run(tiny(bert, csv_file, folder, stock=stock, method=method))
         early = load_file(folder / "checkpoints" / "checkpoint-6" / "adapter_model.safetensors")
         late = adapter(folder)
         assert early.keys() == late.keys()
-        still = [name for name in early if torch.equal(early[name], late[name])]
+        moving = [name for name in early if not name.endswith(("basis.base", "basis.base_sign"))]
+        still = [name for name in moving if torch.equal(early[name], late[name])]
         assert not still, f"{folder.name}: not trained after the evaluation at step 6: {still}"
 
 
@@ -303,7 +246,7 @@ train.train(config.resolve({}, sys.argv[1]), Console(quiet=True))
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills a process the POSIX way")
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "loreft"])
 def test_killed_job_resumes_to_the_same_result(bert, csv_file, tmp_path, method):
     whole = run(tiny(bert, csv_file, tmp_path / "whole", method=method))
     options = tiny(bert, csv_file, tmp_path / "killed", method=method)
@@ -327,9 +270,12 @@ def test_killed_job_resumes_to_the_same_result(bert, csv_file, tmp_path, method)
     assert resumed["loss"] == whole["loss"]
     assert resumed["evaluations"] == whole["evaluations"]
     assert len(resumed["step_seconds"]) == resumed["steps"] == 8
-    ours, theirs = adapter(tmp_path / "killed"), adapter(tmp_path / "whole")
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    files = [p.name for p in (tmp_path / "whole" / "adapter").glob("*.safetensors")]
+    assert len(files) == (2 if method == "loreft" else 1)  # PEFT has the head in the adapter's file
+    for name in files:
+        ours, theirs = (load_file(tmp_path / job / "adapter" / name) for job in ("killed", "whole"))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_resume_before_the_first_checkpoint_starts_again(bert, csv_file, tmp_path):
