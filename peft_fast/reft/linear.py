@@ -5,9 +5,9 @@
 Two ways lead to Y. *Projected*: the base, then one op that edits rows of H, as at a block's output; its cost
 goes with the number of edited rows. *Folded*, where every row is edited and act and dropout are none: with
 P = V − R one `lora_linear` of A = P·Ŵ, B = Rᵀ and another bias, which costs two thin passes over the packed
-weight, then low-rank products with X in place of some with H. So it is the faster for many rows of a layer that
-is wider than its input: measured on a CPU, forward and backward take 0.72 to 0.99 of the time of projecting at
-384 → 1536 from 704 rows on, 0.99 to 1.23 at 4096 → 4096 and 1.07 to 1.19 at 1536 → 384.
+weight, then low-rank products with X in place of some with H. So it is the faster for many rows of a layer
+that is wider than its input: measured on a CPU, forward and backward take 0.72 to 0.99 of the time of
+projecting at 384 → 1536 from 704 rows on, 0.99 to 1.23 at 4096 → 4096 and 1.07 to 1.19 at 1536 → 384.
 """
 
 from __future__ import annotations
