@@ -9,6 +9,7 @@ and pyreft have to agree: the hidden states to 1e-4 of the largest, in float32.
 `buffers` are bytes that edits hold beside their parameters, `saved` what autograd keeps more than `frozen`.
 
     python bench/loreft.py --csv bench/results/loreft.csv
+    python bench/loreft.py --basis         # R and its gradient alone, beside torch's parametrization
     python bench/loreft.py --behaviour     # resume, weight decay, ragged batches, checkpointing, side by side
 """
 
@@ -22,8 +23,10 @@ import functools
 import importlib
 import importlib.util
 import io
+import statistics
 import sys
 import tempfile
+import time
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -39,6 +42,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from peft_fast import accelerate
 from peft_fast.info import cpu_name, versions
+from peft_fast.orthonormal import OrthonormalRows
 from peft_fast.reft import import_pyreft
 
 POSITIONS = 7
@@ -171,6 +175,27 @@ def bench(args: argparse.Namespace) -> None:
         append(args.csv, rows)
 
 
+def basis(args: argparse.Namespace) -> None:
+    """The time of R [rank, width] and its gradient, float32, and the bytes of the buffers that it takes."""
+    ours = OrthonormalRows(args.width, args.rank)
+    theirs = nn.utils.parametrizations.orthogonal(nn.Linear(args.rank, args.width, bias=False))
+    grad = torch.randn(args.rank, args.width)
+    steps: dict[str, Callable[[], object]] = {
+        "peft-fast": lambda: ours().backward(grad),
+        "torch": lambda: theirs.weight.backward(grad.T),
+    }
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(measure.MIN_SAMPLES):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            samples[name].append(1e3 * (time.perf_counter() - start))
+    for name, module in (("peft-fast", ours), ("torch", theirs)):
+        held = sum(buffer.nbytes for buffer in module.buffers())
+        print(f"R [{args.rank}, {args.width}], {name}: {statistics.median(samples[name]):.2f} ms, "
+              f"buffers {held / 1024:.1f} KiB")  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------- behaviour
 
 
@@ -277,11 +302,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--quant", choices=("none", "nf4"), default="none")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--seconds", type=float, default=30.0)
+    add("--basis", action="store_true", help="R and its gradient alone, beside torch's parametrization")
     add("--behaviour", action="store_true", help="what each does to R and to its inputs, instead of timings")
     add("--csv", type=Path, help="file to append the timings to")
     args = parser.parse_args(argv)
     print(f"{cpu_name()}; {', '.join(f'{package} {version}' for package, version in versions().items())}")
-    (behaviour if args.behaviour else bench)(args)
+    (behaviour if args.behaviour else basis if args.basis else bench)(args)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -248,3 +249,36 @@ def test_runs_are_compared(bench, tmp_path, capsys):
     importlib.import_module("compare_runs").main([*folders, "--plot", str(tmp_path / "both.png")])
     assert "0.0e+00 in the first 20 steps, 1.0e-03 in all 30" in capsys.readouterr().out
     assert (tmp_path / "both.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_norm_of_dora_is_measured(bench, tmp_path, capsys):
+    norm = importlib.import_module("dora_norm")
+    path = tmp_path / "norm.csv"
+    norm.main(["--shape", "128", "64", "--rank", "4", "--seconds", "0", "--threads", "1", "--csv", str(path)])
+    with path.open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert all(float(row[name]) > 0 for name in ("dequantize", "cold", "first", "cached", "peft", "ratio"))
+    errors = {row["case"]: row for row in norm.error_rows(bench.Shape(128, 64, 4, "cpu"))}
+    assert len(errors) == 5
+    for case, row in errors.items():
+        cancelled = case.startswith("s·B·A = −")
+        assert float(row["ours"]) <= max(4 * float(row["dense"]), 1e-6)
+        assert (float(row["factored"]) > 1) == cancelled
+    assert "cold / dequantize" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pyreft") is None, reason="pyreft, which it is compared with")
+def test_loreft_is_measured_beside_pyreft(bench, tmp_path, capsys):
+    loreft = importlib.import_module("loreft")
+    tiny = ["--width", "64", "--blocks", "1", "--batch", "2", "--tokens", "24", "--rank", "4"]
+    loreft.main([*tiny, "--seconds", "0", "--quant", "nf4", "--csv", str(tmp_path / "rows.csv")])
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        rows = {row["provider"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["frozen", "ours", "pyreft"]
+    assert int(rows["ours"]["buffers_bytes"]) == 4 * 4 * 64 + 4
+    assert int(rows["pyreft"]["buffers_bytes"]) >= 4 * 64 * 64
+    loreft.main([*tiny, "--behaviour"])
+    out = capsys.readouterr().out
+    assert "checked: hidden states" in out
+    assert "0.1: ours" in out
+    assert "pyreft 1.0e+00" in out
