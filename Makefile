@@ -56,9 +56,11 @@ gpu:
 	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(GPU_PYTHON) -m peft_fast.cli info --self-test
 	$(GPU_PYTHON) -m pytest -q tests/test_ops.py tests/test_out_scale.py tests/test_formats.py tests/test_modules.py \
-	  tests/test_dora.py tests/test_triton.py
-	$(GPU_PYTHON) bench/lora_linear.py --device cuda --dtype bfloat16 --rows 1 16 128 512 2048 8192 \
-	  --csv $(OUT)/lora_linear.csv
+	  tests/test_dora.py tests/test_loreft.py tests/test_triton.py tests/test_triton_loreft.py
+	$(GPU_PYTHON) bench/lora_linear.py --device cuda --method lora dora --dtype bfloat16 \
+	  --rows 1 16 128 512 2048 8192 --csv $(OUT)/lora_linear.csv
+	$(GPU_PYTHON) bench/loreft.py --device cuda --no-pyreft --width 4096 --batch 8 --tokens 512 --dtype bfloat16 \
+	  --csv $(OUT)/loreft.csv
 
 aot: install
 	$(BIN)/python bench/aot.py --check $(ARGS)

@@ -43,7 +43,7 @@ from measure import Exactness, Memory, Step, Timing
 from torch import nn
 
 from peft_fast import backends
-from peft_fast.info import cpu_name, versions
+from peft_fast.info import device_name, versions
 
 PROVIDERS = ("dense", "peft", "ours")
 DENSE_DTYPES = ("float32", "bfloat16")
@@ -275,7 +275,7 @@ def selected(args: argparse.Namespace) -> list[Provider]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     providers = selected(args)
-    device = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
+    device = device_name(args.device)
     print(f"{device}; {', '.join(f'{package} {version}' for package, version in versions().items())}")
     for K, N in args.shape or SHAPES:
         case = {

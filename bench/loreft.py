@@ -40,8 +40,8 @@ from lora_linear import append
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-from peft_fast import accelerate
-from peft_fast.info import cpu_name, versions
+from peft_fast import LoReFTConfig, accelerate, get_reft_model
+from peft_fast.info import device_name, versions
 from peft_fast.orthonormal import OrthonormalRows
 from peft_fast.reft import import_pyreft
 
@@ -71,7 +71,7 @@ def make_base(args: argparse.Namespace) -> nn.Module:
         hidden_size=args.width, intermediate_size=4 * args.width, num_hidden_layers=args.blocks,
         num_attention_heads=8, num_key_value_heads=8, vocab_size=256, max_position_embeddings=512,
     )  # fmt: skip
-    model = LlamaModel(config).to(DTYPES[args.dtype]).requires_grad_(False)
+    model = LlamaModel(config).to(args.device, DTYPES[args.dtype]).requires_grad_(False)
     if args.quant == "nf4":
         to_nf4(model)
         accelerate(model)
@@ -126,12 +126,15 @@ class Ours(nn.Module):
 
 
 def providers(args: argparse.Namespace) -> dict[str, nn.Module]:
-    """The three models of the same weights, agreeing ones."""
-    base = make_base(args)
-    theirs = Pyreft(load_pyreft(), copy.deepcopy(base), args.rank)
+    """The models of the same weights; with pyreft, agreeing ones."""
+    base, positions = make_base(args), f"f{POSITIONS}+l{POSITIONS}"
+    if not args.pyreft:
+        config = LoReFTConfig(r=args.rank, positions=positions)
+        return {"frozen": Ours(base), "ours": Ours(get_reft_model(copy.deepcopy(base), config))}
+    theirs = Pyreft(load_pyreft(), copy.deepcopy(base), args.rank).to(args.device)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         theirs.model.save(folder)
-        ours = Ours(import_pyreft(copy.deepcopy(base), folder, positions=f"f{POSITIONS}+l{POSITIONS}"))
+        ours = Ours(import_pyreft(copy.deepcopy(base), folder, positions=positions))
     found = {"frozen": Ours(base), "ours": ours, "pyreft": theirs}
     if args.dtype == "float32":
         x = make_input(args)
@@ -146,19 +149,20 @@ def providers(args: argparse.Namespace) -> dict[str, nn.Module]:
 
 def make_input(args: argparse.Namespace) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(args.batch, args.tokens, args.width, generator=generator).to(DTYPES[args.dtype])
+    x = torch.randn(args.batch, args.tokens, args.width, generator=generator)
+    return x.to(args.device, DTYPES[args.dtype])
 
 
 def bench(args: argparse.Namespace) -> None:
     models = providers(args)
     x = make_input(args)
-    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(x.dtype)
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(x)
     steps = {name: measure.Step(model, x.clone().requires_grad_(), grad) for name, model in models.items()}
-    timings = measure.interleaved(steps, args.seconds, "cpu", lambda name: None)
-    saved = {name: measure.memory(step, "cpu").saved for name, step in steps.items()}
+    timings = measure.interleaved(steps, args.seconds, args.device, lambda name: None)
+    saved = {name: measure.memory(step, args.device).saved for name, step in steps.items()}
     held = {name: sum(b.nbytes for b in model.buffers()) for name, model in models.items()}
     case = {
-        "date": datetime.date.today(), "device": cpu_name(), **versions(), "quant": args.quant,
+        "date": datetime.date.today(), "device": device_name(args.device), **versions(), "quant": args.quant,
         "dtype": args.dtype, "width": args.width, "blocks": args.blocks, "batch": args.batch,
         "tokens": args.tokens, "rank": args.rank, "threads": torch.get_num_threads(),
     }  # fmt: skip
@@ -301,12 +305,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--rank", type=int, default=8)
     add("--quant", choices=("none", "nf4"), default="none")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--pyreft", action=argparse.BooleanOptionalAction, default=True, help="beside it (default: yes)")
     add("--seconds", type=float, default=30.0)
     add("--basis", action="store_true", help="R and its gradient alone, beside torch's parametrization")
     add("--behaviour", action="store_true", help="what each does to R and to its inputs, instead of timings")
     add("--csv", type=Path, help="file to append the timings to")
     args = parser.parse_args(argv)
-    print(f"{cpu_name()}; {', '.join(f'{package} {version}' for package, version in versions().items())}")
+    packages = ", ".join(f"{package} {version}" for package, version in versions().items())
+    print(f"{device_name(args.device)}; {packages}")
     (behaviour if args.behaviour else basis if args.basis else bench)(args)
 
 

@@ -58,6 +58,11 @@ def cpu_name() -> str:
     return f"{name} with {torch.backends.cpu.get_cpu_capability()}"
 
 
+def device_name(device: str) -> str:
+    """Of "cpu" or "cuda", the current one."""
+    return torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+
+
 def devices() -> dict[str, str]:
     """Device → its name, with the CPU's instruction-set levels and the GPU's compute capability."""
     levels = ", ".join(native.levels()) or native.load_error()

@@ -9,8 +9,9 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLES = re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-def test_both_examples_are_found():
-    assert [title for title, _ in EXAMPLES] == ["Replace a layer", "Accelerate a PEFT model"]
+def test_every_example_is_found():
+    titles = ["Replace a layer", "Accelerate a PEFT model", "Edit representations"]
+    assert [title for title, _ in EXAMPLES] == titles
 
 
 @pytest.mark.parametrize(("title", "code"), EXAMPLES, ids=[title for title, _ in EXAMPLES])
