@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from . import ops, reft_ops
 from .formats import QuantizedWeight
 from .ops import WEIGHT_FIELDS
-from .reference import Gradients, Needs, ReftGradients, ReftNeeds
+from .reference import Gradients, Needs, ReftGradients, ReftNeeds, accumulation_dtype
 
 _WEIGHT_TENSORS = sum(t == "Tensor" or t == "Tensor | None" for t in QuantizedWeight.__annotations__.values())
 
@@ -274,7 +274,8 @@ class _TimesWeight(torch.autograd.Function):
         ctx.save_for_backward(*_tensors(weight))
         ctx.weight_meta, ctx.backend = weight[_WEIGHT_TENSORS:], backend
         no_A, no_B = p.new_empty(0, weight.in_features), p.new_empty(weight.out_features, 0)
-        x, z = p.new_empty(len(p), weight.in_features), p.new_empty(len(p), 0)
+        x = p.new_empty(len(p), weight.in_features)
+        z = p.new_empty(len(p), 0, dtype=accumulation_dtype(p.dtype))
         needs = Needs(x=True, lora_A=False, lora_B=False, bias=False, out_scale=False)
         product = _lora_linear_backward(
             p, x, weight, no_A, no_B, z, None, None, None, None, needs, 1.0, 0.0, backend

@@ -52,6 +52,8 @@ def _triton_import_error() -> str | None:
 def _triton_unavailable(format: str, device: str, dtype: torch.dtype) -> str | None:
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "needs a GPU tensor (on CPU tensors, set TRITON_INTERPRET=1 before triton is imported)"
+    if device == "meta":
+        return "runs on a GPU, got meta tensors"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"takes float32, float16 or bfloat16 activations, got {dtype}"
     return _triton_import_error()

@@ -9,13 +9,7 @@ from __future__ import annotations
 from bitsandbytes.nn import Linear4bit, LinearFP4, LinearNF4
 from torch import Tensor, nn
 
-from .modules import fused_lora_forward
-
-
-def base_forward(base: nn.Linear, x: Tensor, backend: str) -> Tensor:
-    """`base(x)` by the fused op, which is `lora_linear` of rank 0."""
-    no_A, no_B = x.new_empty(0, base.in_features), x.new_empty(base.out_features, 0)
-    return fused_lora_forward(base, x, no_A, no_B, scaling=1.0, backend=backend)
+from .modules import fused_base_forward
 
 
 class FusedBase(nn.Linear):
@@ -24,7 +18,7 @@ class FusedBase(nn.Linear):
     backend: str  # set by `accelerate` on each layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return base_forward(self, x, self.backend)
+        return fused_base_forward(self, x, self.backend)
 
 
 class FusedBase4bit(FusedBase, Linear4bit):

@@ -22,6 +22,7 @@ from .formats import QuantizedWeight, from_linear
 from .modules import (
     DoRALinear,
     LowRankLinear,
+    allow_repacking,
     check_base,
     is_linear4bit,
     protect_from_repacking,
@@ -29,6 +30,8 @@ from .modules import (
 )
 from .norm_cache import NormCache
 from .peft_layers import FUSED, METHODS, STOCK, base_reason, choose, method, method_reason
+from .reft.blocks import Swapped
+from .reft.edit import LoReFT
 from .weight_reads import reads_weight
 
 if TYPE_CHECKING:
@@ -36,12 +39,11 @@ if TYPE_CHECKING:
 
 ALL = (*METHODS, "base")
 
-# bitsandbytes' switch for repacking a Linear4bit in place, and where its former value is kept for `restore`.
-_REPACKS = "support_avx512bf16_for_cpu"
+# Marks a Linear4bit that `restore` lets bitsandbytes repack again.
 _REPACKED_BEFORE = "_peft_fast_repacked_before"
 
 
-EXPLAINED = (LowRankLinear, LoraLayer, FusedBase)
+EXPLAINED = (LowRankLinear, LoraLayer, FusedBase, LoReFT)
 
 _FUSED = {**FUSED, **FUSED_BASES}
 _STOCK = {**STOCK, **STOCK_BASES}
@@ -157,7 +159,7 @@ def accelerate(
         base: Any = layer.base_layer if isinstance(layer, LoraLayer) else layer
         if is_linear4bit(base):
             warn_slow_compute_dtype(base, base.weight.quant_state.dtype)
-        layer.__class__ = _FUSED.get(type(layer), type(layer))
+        layer.__class__ = _among(_FUSED, layer) or type(layer)
         layer.backend = backend
         if layer is not base:
             layer.methods, layer.norms = tuple(methods), NormCache()
@@ -167,30 +169,38 @@ def accelerate(
 
 
 def restore(model: nn.Module) -> int:
-    """Undoes `accelerate`: every layer gets PEFT's class back. Returns how many layers were fused."""
+    """Undoes `accelerate`: every layer gets back its class. Returns how many were fused."""
     count = 0
     for module in model.modules():
         count += _restore_layer(module)
         if module.__dict__.pop(_REPACKED_BEFORE, False):
-            setattr(module, _REPACKS, True)
+            allow_repacking(module)
     return count
 
 
 def _restore_layer(layer: Any) -> bool:
-    if type(layer) not in _STOCK:
+    stock = _among(_STOCK, layer)
+    if stock is None:
         return False
-    layer.__class__ = _STOCK[type(layer)]
+    layer.__class__ = stock
     for name in ("backend", "methods", "norms"):
         layer.__dict__.pop(name, None)
     return True
 
 
+def _among(classes: dict[type, type], layer: Any) -> type | None:
+    """The class that a layer gets by a table of classes, its edits kept where its output is edited."""
+    cls: Any = type(layer)
+    if isinstance(layer, Swapped):
+        return cls._make(classes[cls._stock]) if cls._stock in classes else None
+    return classes.get(cls)
+
+
 def _protect_from_repacking(modules: Iterable[nn.Module]) -> None:
     """For every `Linear4bit`, adapted or not: one that is repacked gives the layers before it no gradient."""
     for module in modules:
-        if is_linear4bit(module) and getattr(module, _REPACKS, False):
+        if protect_from_repacking(module):
             setattr(module, _REPACKED_BEFORE, True)
-            protect_from_repacking(module)
 
 
 def _swap_reason(layer: Any, methods: tuple[str, ...]) -> str | None:
@@ -208,7 +218,7 @@ def _unfusable(layer: Any, base: Any) -> str | None:
     """Why no fused forward can stand in for that of `layer`, over `base`; None when one can."""
     if "forward" in layer.__dict__:
         return "the layer has a forward of its own, as device_map offloading sets"
-    if (reason := base_reason(base)) is not None:
+    if not isinstance(base, Swapped) and (reason := base_reason(base)) is not None:
         return reason
     try:
         check_base(base)
@@ -251,14 +261,14 @@ def _reader_reason(name: str, modules: dict[str, nn.Module]) -> str | None:
 def explain(module: nn.Module) -> str:
     """What the next forward of `module` runs: op, weight format, backend, adapter; or PEFT's own, and why.
 
-    For a fused layer, a LoRA layer of PEFT, a `LoRALinear` or `DoRALinear`; for a model, for each of them.
+    For a fused layer, a LoRA layer of PEFT, a `LoRALinear`, `DoRALinear` or `LoReFT`; for a model, for each.
     """
     if isinstance(module, EXPLAINED):
         return _explain_layer(module)
     modules = dict(module.named_modules())
     layers = {name: m for name, m in modules.items() if isinstance(m, EXPLAINED)}
     if not layers:
-        return f"{type(module).__name__}: its own forward runs; neither it nor a module in it is a LoRA layer"
+        return f"{type(module).__name__}: its own forward runs; nothing in it is adapted or fused"
     return "\n".join(
         f"{name}: {_explain_layer(m, _reader_reason(name, modules))}" for name, m in layers.items()
     )
@@ -266,6 +276,11 @@ def explain(module: nn.Module) -> str:
 
 def _explain_layer(layer: Any, reader_reason: str | None = None) -> str:
     kind = type(layer).__name__
+    if isinstance(layer, LoReFT):
+        dtype, device = layer.bias.dtype, layer.bias.device.type
+        backend = backends.resolve("loreft", "dense", device, dtype, layer.backend)
+        ran = backends.calls["loreft", backend]
+        return f"{kind}: {layer.extra_repr()}\n    loreft on {backend}, run {ran} times in this process"
     reason: str | None
     base = layer if isinstance(layer, FusedBase) else layer.base_layer
     if layer is base:

@@ -207,6 +207,10 @@ def loreft(
     check_choice("dropout_on", dropout_on, DROPOUT_ON)
     ops.check_probability("dropout_p", dropout_p)
     _check_subspace(basis, source, bias, h.device)
+    if not h.is_floating_point():
+        raise TypeError(f"h: expected a floating dtype, got {h.dtype}")
+    if rows is not None and rows.dim() != 1:
+        raise ValueError(f"rows: expected [m], got {list(rows.shape)}")
     if residual is not None and residual.dtype != h.dtype:
         dtype = torch.promote_types(h.dtype, residual.dtype)
         h, residual = h.to(dtype), residual.to(dtype)
@@ -278,22 +282,28 @@ def fold_edit(
 
     They are float32 (float64 for that dtype), and differentiable as `loreft_linear` is.
     """
-    _check_subspace(basis, source, edit_bias, weight.weight.device)
-    if basis.shape[1] != weight.out_features:
-        raise ValueError(f"basis: expected [r, N] = [*, {weight.out_features}], got {list(basis.shape)}")
+    N, device = weight.out_features, weight.weight.device
+    _check_subspace(basis, source, edit_bias, device, bias_name="edit_bias")
+    if basis.shape[1] != N:
+        raise ValueError(f"basis: expected [r, N] = [*, {N}], got {list(basis.shape)}")
+    if bias is not None:
+        ops.check_vector("bias", bias, N, device)
     acc = accumulation_dtype(dtype)
-    projection, constant, _ = _subspace(basis, source, edit_bias, subtract, "linear", acc)
-    basis = basis.to(acc)
-    if constant is None:
-        constant = basis.new_zeros(len(basis))
-    if bias is not None and len(projection):
-        constant = constant + projection @ bias.to(acc)
-    lora_A = autograd.times_weight(projection, weight, backend)
-    return lora_A, basis[: len(projection)].t(), constant @ basis
+    with torch.autocast(device.type, enabled=False):
+        projection, constant, _ = _subspace(basis, source, edit_bias, subtract, "linear", acc)
+        basis = basis.to(acc)
+        if constant is None:
+            constant = basis.new_zeros(len(basis))
+        if bias is not None and len(projection):
+            constant = constant + projection @ bias.to(acc)
+        lora_A = autograd.times_weight(projection, weight, backend)
+        return lora_A, basis[: len(projection)].t(), constant @ basis
 
 
-def _check_subspace(basis: Tensor, source: Tensor | None, bias: Tensor | None, device: torch.device) -> None:
-    for name, tensor in (("basis", basis), ("source", source), ("bias", bias)):
+def _check_subspace(
+    basis: Tensor, source: Tensor | None, bias: Tensor | None, device: torch.device, bias_name: str = "bias"
+) -> None:
+    for name, tensor in (("basis", basis), ("source", source), (bias_name, bias)):
         if tensor is not None and not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
         if tensor is not None and tensor.device != device:
@@ -302,6 +312,8 @@ def _check_subspace(basis: Tensor, source: Tensor | None, bias: Tensor | None, d
         raise ValueError(f"basis: expected [r, d], got {list(basis.shape)}")
     if source is not None and source.shape != basis.shape:
         raise ValueError(f"source: expected [r, d] = {list(basis.shape)}, got {list(source.shape)}")
+    if bias is not None and bias.shape != basis.shape[:1]:
+        raise ValueError(f"{bias_name}: expected [r] = {list(basis.shape[:1])}, got {list(bias.shape)}")
 
 
 def _subspace(

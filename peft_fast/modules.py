@@ -26,6 +26,9 @@ from .reference import accumulation_dtype
 
 Bias = Literal["none", "all", "lora_only"]
 
+_REPACKS = "support_avx512bf16_for_cpu"
+"""bitsandbytes' switch for repacking a Linear4bit in place."""
+
 
 def is_linear4bit(layer: nn.Module) -> bool:
     """Whether `layer` is a bitsandbytes `Linear4bit`, without importing bitsandbytes."""
@@ -49,14 +52,21 @@ def check_base(layer: nn.Linear) -> None:
         )
 
 
-def protect_from_repacking(layer: Any) -> None:
+def protect_from_repacking(layer: Any) -> bool:
     """Keeps bitsandbytes from repacking `layer` in place at an eval forward on an AVX512_BF16 CPU.
 
     After that repacking a training forward loses dX and saving stores other weights. The switch is an
-    attribute of this one layer.
+    attribute of this one layer. Returns whether it was on.
     """
-    if is_linear4bit(layer):
-        layer.support_avx512bf16_for_cpu = False
+    if not is_linear4bit(layer) or not getattr(layer, _REPACKS, False):
+        return False
+    setattr(layer, _REPACKS, False)
+    return True
+
+
+def allow_repacking(layer: Any) -> None:
+    """Undoes `protect_from_repacking`."""
+    setattr(layer, _REPACKS, True)
 
 
 def warn_slow_compute_dtype(layer: nn.Module, x_dtype: torch.dtype | None = None) -> None:
@@ -99,6 +109,12 @@ def fused_lora_forward(
         backend=backend,
     )
     return _as_base_returns(base, y, x.dtype)
+
+
+def fused_base_forward(base: nn.Linear, x: Tensor, backend: str = "auto") -> Tensor:
+    """`base(x)` by the fused op: `fused_lora_forward` of rank 0."""
+    no_A, no_B = x.new_empty(0, base.in_features), x.new_empty(base.out_features, 0)
+    return fused_lora_forward(base, x, no_A, no_B, scaling=1.0, backend=backend)
 
 
 def fused_dora_forward(

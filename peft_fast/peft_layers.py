@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from .base_layers import FUSED_BASES, STOCK_BASES, base_forward
-from .modules import fused_dora_forward, fused_lora_forward
+from .base_layers import FUSED_BASES, STOCK_BASES
+from .modules import fused_base_forward, fused_dora_forward, fused_lora_forward
 from .norm_cache import NormCache, fold_scaling
 
 METHODS = ("lora", "dora")
@@ -55,7 +55,7 @@ class _FusedForward(nn.Module):
         modules: dict[str, Any] = self._modules
         base = modules["base_layer"]
         if adapter is None:
-            return base_forward(base, x, self.backend)
+            return fused_base_forward(base, x, self.backend)
         lora_A, linear_B = modules["lora_A"]._modules[adapter].weight, modules["lora_B"]._modules[adapter]
         lora_B, lora_bias, scaling = linear_B.weight, linear_B.bias, self.scaling[adapter]
         dropout = modules["lora_dropout"]._modules[adapter]

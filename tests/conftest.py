@@ -8,6 +8,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pyreft_peer
 import pytest
 from cases import backends_of
 
@@ -43,3 +44,10 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def pyreft():
+    """pyreft without its trainers; skips loudly where it is not installed."""
+    with pyreft_peer.imported() as package:
+        yield package

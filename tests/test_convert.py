@@ -357,7 +357,7 @@ def test_explain_tells_why_pefts_forward_runs(kind):
 
 
 def test_explain_for_other_modules():
-    assert explain(nn.ReLU()) == "ReLU: its own forward runs; neither it nor a module in it is a LoRA layer"
+    assert explain(nn.ReLU()) == "ReLU: its own forward runs; nothing in it is adapted or fused"
     text = explain(LoRALinear.from_linear(nn.Linear(8, 4), r=2, lora_alpha=4))
     assert "LoRALinear: r=2, scaling=2" in text
     assert "lora_linear over dense [4, 8]" in text

@@ -1,11 +1,5 @@
 """The functional level against pyreft's interventions, module by module: values, gradients, training."""
 
-import contextlib
-import importlib.util
-import io
-import sys
-import warnings
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -16,41 +10,11 @@ from peft_fast.functional import loreft
 from peft_fast.orthonormal import OrthonormalRows, dense_base
 from peft_fast.reference import ACTIVATIONS
 
-INSTALL = "pip install --no-deps pyreft==0.1.0 pyvene==0.1.8"
-
 D, R = 24, 4
 TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-12}
 """Of the largest element. In fp32 pyreft's own gradient of the rotation is up to 1e-6 from that in fp64."""
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def pyreft():
-    """Its module of interventions, read without the package's trainers, which want packages of their own.
-
-    What importing pyvene prints, warns, registers and draws is undone.
-    """
-    package, pyvene = map(importlib.util.find_spec, ("pyreft", "pyvene"))
-    if package is None or pyvene is None:
-        reason = f"pyreft or pyvene is missing, so nothing was compared with them: {INSTALL}"
-        warnings.warn(pytest.PytestWarning(reason), stacklevel=1)
-        pytest.skip(reason)
-    file = Path(package.submodule_search_locations[0]) / "interventions.py"
-    spec = importlib.util.spec_from_file_location("pyreft_interventions", file)
-    module = importlib.util.module_from_spec(spec)
-    before = set(sys.modules)
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        torch.random.fork_rng(devices=[]),
-    ):
-        warnings.simplefilter("ignore")
-        spec.loader.exec_module(module)
-    for name in set(sys.modules) - before:
-        if name.partition(".")[0] == "pyvene":
-            del sys.modules[name]
-    return module
 
 
 class Variant(NamedTuple):
@@ -82,7 +46,9 @@ class Pair:
         self.variant = VARIANTS[name]
         self.act, self.dropout = act, dropout
         options = {"act_fn": act, "dropout": dropout, "dtype": dtype, "add_bias": False}
-        self.theirs = getattr(pyreft, name)(embed_dim=D, low_rank_dimension=R, **options).to(dtype)
+        self.theirs = getattr(pyreft.interventions, name)(embed_dim=D, low_rank_dimension=R, **options).to(
+            dtype
+        )
         source = self.theirs.learned_source
         self.ours = nn.ParameterDict()
         if self.variant.source:
@@ -183,13 +149,15 @@ def test_dropout_of_the_state(pyreft, name):
 
 def test_same_seed_same_start(pyreft):
     torch.manual_seed(11)
-    theirs = pyreft.LoreftIntervention(embed_dim=D, low_rank_dimension=R)
+    theirs = pyreft.interventions.LoreftIntervention(embed_dim=D, low_rank_dimension=R)
     torch.manual_seed(11)
     assert relative(OrthonormalRows(D, R)(), theirs.rotate_layer.weight.mT) < 1e-6
 
 
 def test_rows_of_its_checkpoint(pyreft):
-    saved = pyreft.LoreftIntervention(embed_dim=D, low_rank_dimension=R).state_dict()["rotate_layer"]
+    saved = pyreft.interventions.LoreftIntervention(embed_dim=D, low_rank_dimension=R).state_dict()[
+        "rotate_layer"
+    ]
     assert relative(OrthonormalRows.from_rows(saved.mT)(), saved.mT) < 1e-6
 
 

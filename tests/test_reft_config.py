@@ -139,7 +139,7 @@ def encoder_decoder():
         ),
         (tiny_llama, {"layers": [0, 2]}, ValueError, "layers: expected indices below 2, got 2"),
         (tiny_llama, {"r": 33}, ValueError, "r: expected at most the hidden size 32, got 33"),
-        (tiny_llama, {"component": "mlp.down_proj"}, UnsupportedLayer, "component: expected 'block_output'"),
+        (tiny_llama, {"component": "mlp"}, UnsupportedLayer, "component: expected the end of one path"),
         (offloaded, {}, UnsupportedLayer, "block 1: expected the forward of its class"),
         (encoder_decoder, {}, UnsupportedLayer, "model: expected one sequence of tokens"),
     ],

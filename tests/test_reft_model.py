@@ -22,7 +22,7 @@ from reft_models import (
     train_tensors,
 )
 from torch import nn
-from transformers import BertForTokenClassification
+from transformers import BertForTokenClassification, PreTrainedModel
 
 from peft_fast import LoReFTConfig, ReftModel, UnsupportedLayer, get_reft_model
 
@@ -34,6 +34,13 @@ LAYOUTS = {
     "noreft": {"positions": "f2+l2", "variant": "noreft"},
     "one layer": {"positions": "f2+l2", "layers": [1]},
 }
+
+CHECKPOINTING = [
+    name
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    if hasattr(PreTrainedModel, name)
+]
+"""The new name and the old one; a version of transformers has one or both."""
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -187,13 +194,17 @@ def test_state_dicts_load_strictly():
 
 @pytest.mark.parametrize("share_weights", [True, False])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_changes_no_gradient(reentrant, share_weights):
+@pytest.mark.parametrize("partly", [True, False])
+@pytest.mark.parametrize("enable", CHECKPOINTING)
+def test_checkpointing_changes_no_gradient(enable, partly, reentrant, share_weights):
     model = reft_llama(share_weights=share_weights, dropout=0.3).train()
     inputs = ragged()
     results = []
     for checkpointed in (False, True):
         if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            getattr(model, enable)({"use_reentrant": reentrant})
+            assert all(block.gradient_checkpointing for block in model.reft_blocks.values())
+            model.reft_blocks[1].gradient_checkpointing = not partly
         torch.manual_seed(5)
         loss = model(**inputs, labels=causal(inputs)).loss
         loss.backward()
@@ -208,7 +219,7 @@ def test_each_backward_recomputes_the_rows_of_its_own_forward():
     one, two = ragged(side="left"), ragged(side="right")
     expected = [gradients(model, model(**x, labels=causal(x)).loss) for x in (one, two)]
     assert not same(*expected)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    getattr(model, CHECKPOINTING[0])({"use_reentrant": False})
     losses = [model(**x, labels=causal(x)).loss for x in (one, two)]
     assert same(gradients(model, losses[0]), expected[0])
     assert same(gradients(model, losses[1]), expected[1])
@@ -216,7 +227,7 @@ def test_each_backward_recomputes_the_rows_of_its_own_forward():
 
 def test_a_block_called_from_outside_raises():
     model = reft_llama()
-    with pytest.raises(RuntimeError, match=r"block 0: .*gradient_checkpointing_enable"):
+    with pytest.raises(RuntimeError, match=r"block 0: .*activation_checkpointing_enable"):
         model.model(**ragged())
 
 

@@ -1,13 +1,6 @@
 """Whole models against pyreft itself: it loads what we export, and we load what it saves."""
 
-import contextlib
 import copy
-import importlib
-import importlib.util
-import io
-import sys
-import types
-import warnings
 
 import pytest
 import torch
@@ -15,7 +8,6 @@ from reft_models import VOCAB, WIDTH, reft_llama, selected, tiny_llama
 
 from peft_fast.reft import export_pyreft, import_pyreft
 
-INSTALL = "pip install --no-deps pyreft==0.1.0 pyvene==0.1.8"
 CLASSES = {
     "loreft": "LoreftIntervention",
     "noreft": "NoreftIntervention",
@@ -26,33 +18,6 @@ CLASSES = {
 }
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def pyreft():
-    """pyreft's model and interventions, without the package's trainers, which want packages of their own."""
-    found = importlib.util.find_spec("pyreft")
-    if found is None or importlib.util.find_spec("pyvene") is None:
-        reason = f"pyreft or pyvene is missing, so no file was exchanged with them: {INSTALL}"
-        warnings.warn(pytest.PytestWarning(reason), stacklevel=1)
-        pytest.skip(reason)
-    before = set(sys.modules)
-    package = types.ModuleType("pyreft")
-    package.__path__ = list(found.submodule_search_locations)
-    sys.modules["pyreft"] = package
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        torch.random.fork_rng(devices=[]),
-    ):
-        warnings.simplefilter("ignore")
-        package.model = importlib.import_module("pyreft.reft_model")
-        package.interventions = importlib.import_module("pyreft.interventions")
-        package.config = importlib.import_module("pyreft.config")
-        yield package
-    for name in set(sys.modules) - before:
-        if name.partition(".")[0] in ("pyreft", "pyvene"):
-            del sys.modules[name]
 
 
 def their_logits(theirs, ids, positions, groups):
@@ -83,7 +48,7 @@ def test_pyreft_loads_what_we_export(pyreft, tmp_path, variant, share_weights):
             if tensor is not None:
                 tensor.data = tensor.data.bfloat16().float()  # what pyreft rounds to on loading
     export_pyreft(model, tmp_path)
-    theirs = in_float32(pyreft.model.ReftModel.load(str(tmp_path), base))
+    theirs = in_float32(pyreft.reft_model.ReftModel.load(str(tmp_path), base))
     ids = torch.randint(2, VOCAB, (3, 9))
     got = their_logits(theirs, ids, "f2+l2", model.reft_targets.groups)
     expected = model(ids).logits.detach()
@@ -110,7 +75,7 @@ def test_we_load_what_pyreft_saves(pyreft, tmp_path, variant, component, share_w
         for i in range(2)
     ]
     config = pyreft.config.ReftConfig(representations=representations)
-    theirs = pyreft.model.ReftModel(config, copy.deepcopy(base))
+    theirs = pyreft.reft_model.ReftModel(config, copy.deepcopy(base))
     theirs.save(str(tmp_path))
     model = import_pyreft(base, tmp_path, positions="f2+l2")
     assert model.reft_config.variant == variant

@@ -35,6 +35,16 @@ class BlockInputs(NamedTuple):
     bases: tuple[Tensor | None, ...]
 
 
+NO_EDITS = BlockInputs(None, (), ())
+"""What a linear layer is told whose model edits nothing in a forward."""
+
+_OUTSIDE = (
+    "expected a call by its model's forward, which says what to edit, got one from outside. To checkpoint, "
+    "use no wrapper but the model's own activation_checkpointing_enable(), in an older transformers "
+    "gradient_checkpointing_enable()"
+)
+
+
 class Plan(NamedTuple):
     """What one forward of a model edits: for each edited block its inputs, or nothing at all."""
 
@@ -117,16 +127,13 @@ class ReftBlock(Swapped, nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plan = current.plan
         if plan is None:
-            raise RuntimeError(
-                f"block {self.reft_layer}: expected a call by its model's forward, which says what to edit, "
-                "got one from outside. To checkpoint, use model.gradient_checkpointing_enable(), no wrapper"
-            )
+            raise RuntimeError(f"block {self.reft_layer}: {_OUTSIDE}")
         inputs = None if plan.blocks is None else plan.blocks[self.reft_layer]
         return super().__call__(*args, reft_inputs=inputs, **kwargs)
 
     def forward(self, *args: Any, reft_inputs: BlockInputs | None, **kwargs: Any) -> Any:
         before = current.inputs
-        current.inputs = reft_inputs if self.reft_component else None
+        current.inputs = (NO_EDITS if reft_inputs is None else reft_inputs) if self.reft_component else None
         try:
             output = super().forward(*args, **kwargs)
         finally:
@@ -156,6 +163,8 @@ class ReftLinear(Swapped, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         inputs = current.inputs
         if inputs is None:
+            raise RuntimeError(f"component: {_OUTSIDE}")
+        if inputs is NO_EDITS:
             return super().forward(x)
         _check_tokens("component", x, inputs)
         y: Tensor | None = None

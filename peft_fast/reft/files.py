@@ -56,9 +56,10 @@ def load(model: ReftModel, directory: Path) -> None:
     """Copies the edits in `directory` into those of `model`, which have to be alike; see `load_edits`."""
     stored = _read_tensors(directory / WEIGHTS)
     config = read_config(directory / CONFIG)
-    if config.variant != model.reft_config.variant:
-        expected, got = model.reft_config.variant, config.variant
-        raise ValueError(f"{directory / CONFIG}: variant: expected {expected!r}, got {got!r}")
+    for option in ("variant", "act_fn", "component", "positions", "dropout_on"):
+        expected, got = getattr(model.reft_config, option), getattr(config, option)
+        if got != expected:
+            raise ValueError(f"{directory / CONFIG}: {option}: expected {expected!r}, got {got!r}")
     own = tensors_of(model)
     _check(directory / WEIGHTS, stored, own)
     for name, tensor in own.items():

@@ -18,10 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..base_layers import base_forward
 from ..formats import from_linear
 from ..functional import check_choice, fold_edit
-from ..modules import check_base, fused_lora_forward, is_linear4bit, protect_from_repacking
+from ..modules import (
+    check_base,
+    fused_base_forward,
+    fused_lora_forward,
+    is_linear4bit,
+    protect_from_repacking,
+)
+from ..reference import accumulation_dtype
 from .config import VARIANTS, LoReFTConfig
 from .edit import LoReFT
 
@@ -103,10 +109,11 @@ class LoReFTLinear(nn.Module):
             raise ValueError(f"merged: expected an edit without act_fn, got {self.edit.act!r}")
         base = self.base_layer
         weight = from_linear(base)
-        lora_A, lora_B, increment = _folded(base, self.edit, self.edit.rows())
-        layer = nn.Linear(self.in_features, self.out_features, device="meta")
         dtype = dtype or (base.weight.dtype if weight.format == "dense" else torch.float32)
-        layer.weight = nn.Parameter((weight.decode(torch.float32) + lora_B @ lora_A).to(dtype))
+        acc = accumulation_dtype(dtype)
+        lora_A, lora_B, increment = _folded(base, self.edit, self.edit.rows(), acc)
+        layer = nn.Linear(self.in_features, self.out_features, device="meta")
+        layer.weight = nn.Parameter((weight.decode(acc) + lora_B @ lora_A).to(dtype))
         layer.bias = nn.Parameter((increment if base.bias is None else increment + base.bias).to(dtype))
         return layer.requires_grad_(False)
 
@@ -128,22 +135,26 @@ def edited_linear(
     strategy: str = "auto",
 ) -> Tensor:
     """The output of `base`, whatever its own forward, with rows edited by a strategy of `LoReFTLinear`."""
+    backend = vars(base).get("backend", edit.backend)  # of a base that `accelerate` has swapped
     if strategy == "auto":
         N, K = base.out_features, base.in_features
         pays = N > K and x.numel() >= FOLD_FROM * K and x.device.type == "cpu"
         strategy = "fold" if pays and rows is None and foldable(edit) else "project"
     if strategy == "fold":
-        lora_A, lora_B, increment = _folded(base, edit, edit.rows() if basis is None else basis)
-        return fused_lora_forward(
-            base, x, lora_A, lora_B, scaling=1.0, lora_bias=increment, backend=edit.backend
-        )
-    h = base_forward(base, x, edit.backend) if is_linear4bit(base) else F.linear(x, base.weight, base.bias)
+        lora_A, lora_B, increment = _folded(base, edit, edit.rows() if basis is None else basis, x.dtype)
+        return fused_lora_forward(base, x, lora_A, lora_B, scaling=1.0, lora_bias=increment, backend=backend)
+    if is_linear4bit(base):
+        h = fused_base_forward(base, x, backend)
+    else:
+        h = F.linear(x, base.weight, base.bias)
     return edit(h, rows, basis=basis)
 
 
-def _folded(base: nn.Linear, edit: LoReFT, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _folded(
+    base: nn.Linear, edit: LoReFT, basis: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     subtract = VARIANTS[edit.variant].subtract
     weight = from_linear(base)
     return fold_edit(
-        weight, basis, edit.source, edit.bias, base.bias, subtract=subtract, backend=edit.backend
+        weight, basis, edit.source, edit.bias, base.bias, subtract=subtract, dtype=dtype, backend=edit.backend
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedLayer
-from ..modules import protect_from_repacking
+from ..modules import allow_repacking, protect_from_repacking
 from .blocks import (
     BlockInputs,
     Generation,
@@ -66,11 +66,15 @@ def get_reft_model(model: nn.Module, config: LoReFTConfig) -> ReftModel:
     """
     if any(isinstance(module, ReftModel | ReftBlock) for module in model.modules()):
         raise UnsupportedLayer("model: expected one without edits, got one that has some; see unload()")
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise UnsupportedLayer("model: expected one sequence of tokens, got an encoder and a decoder")
-    check_swappable("model", model)
+    _check_model(model)
     path = find_blocks(model, config.blocks)
     blocks = list(typing.cast(nn.ModuleList, model.get_submodule(path)))
+    stated = getattr(getattr(model, "config", None), "num_hidden_layers", len(blocks))
+    if config.blocks is None and stated != len(blocks):
+        raise UnsupportedLayer(
+            f"blocks: expected the path of the list of blocks, got None, and {path!r} has {len(blocks)} of "
+            f"the {stated} that config.num_hidden_layers states"
+        )
     if len({id(block) for block in blocks}) != len(blocks):
         raise UnsupportedLayer(f"blocks: expected different modules, got {path!r} with one in several places")
     layers = range(len(blocks)) if isinstance(config.layers, str) else config.layers
@@ -91,13 +95,13 @@ def get_reft_model(model: nn.Module, config: LoReFTConfig) -> ReftModel:
         made[i] = edits, component
 
     model.requires_grad_(False)
-    for module in model.modules():
-        protect_from_repacking(module)
+    protected = tuple(name for name, module in model.named_modules() if protect_from_repacking(module))
     for i, (edits, component) in made.items():
         attach(blocks[i], i, edits, component)
     reft: Any = model
     positions = Positions.parse(config.positions)
-    reft.reft_config, reft.reft_targets = config, Targets(path, tuple(layers), positions, config.groups)
+    reft.reft_config = config
+    reft.reft_targets = Targets(path, tuple(layers), positions, config.groups, protected)
     reft.__class__ = model_class(reft.__class__)
     return reft
 
@@ -109,6 +113,7 @@ class Targets(NamedTuple):
     layers: tuple[int, ...]
     positions: Positions
     groups: tuple[str, ...]
+    protected: tuple[str, ...]  # the layers that `unload` lets bitsandbytes repack again
 
 
 class ReftModel(Swapped, nn.Module):
@@ -139,6 +144,8 @@ class ReftModel(Swapped, nn.Module):
         """Removes the edits: the model, still frozen, as it was before `get_reft_model`. Returns it."""
         for block in self.reft_blocks.values():
             detach(block)
+        for name in self.reft_targets.protected:
+            allow_repacking(self.get_submodule(name))
         self.__class__ = type(self)._stock
         del self.reft_config, self.reft_targets
         return self
@@ -165,6 +172,7 @@ class ReftModel(Swapped, nn.Module):
         *,
         state_dict: dict[str, Tensor] | None = None,
         is_main_process: bool = True,
+        max_shard_size: int | str | None = None,
     ) -> None:
         """Writes the edits alone, and their config; see `files`.
 
@@ -172,6 +180,7 @@ class ReftModel(Swapped, nn.Module):
             save_directory: made if it is missing.
             state_dict: of the whole model, to take the edits from, where its parameters are sharded.
             is_main_process: whether this process writes.
+            max_shard_size: of no meaning for one small file; transformers' push_to_hub passes it.
         """
         from .files import save
 
@@ -206,6 +215,8 @@ class ReftModel(Swapped, nn.Module):
 
     def _reft_plan(self, given: dict[str, Any], prompt_lengths: Tensor | None) -> Plan:
         cache = given.get("past_key_values")
+        if cache is not None and not hasattr(cache, "get_seq_length"):
+            raise TypeError(f"past_key_values: expected a transformers Cache, got {type(cache).__name__}")
         past = 0 if cache is None else cache.get_seq_length()
         shape: tuple[int, int] | None
         rows: tuple[Tensor | None, ...]
@@ -282,6 +293,14 @@ def model_class(stock: Any) -> type:
 
         @functools.wraps(stock.generate)
         def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+            guidance = [kwargs.get("guidance_scale")]
+            for settings in (kwargs.get("generation_config"), self.generation_config):
+                guidance.append(getattr(settings, "guidance_scale", None))
+            if next((scale for scale in guidance if scale is not None), 1) != 1:
+                raise ValueError(
+                    "guidance_scale: expected none, since its second forward has no prompt to edit, "
+                    f"got {guidance}"
+                )
             prompts = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), inputs)
             width = next((prompt.shape[1] for prompt in prompts if prompt is not None), 1)
             mask = kwargs.get("attention_mask")
@@ -307,6 +326,20 @@ def model_class(stock: Any) -> type:
 
         methods["_prepare_attention_mask_for_generation"] = prepare_mask
     return subclass(ReftModel, model_class, stock, methods)
+
+
+def _check_model(model: Any) -> None:
+    """Raises `UnsupportedLayer` for models whose prompt cannot be told from what follows it."""
+    if any(c.__name__ == "PeftModel" and c.__module__.startswith("peft.") for c in type(model).__mro__):
+        raise UnsupportedLayer("model: expected the model itself, got a PeftModel; see its get_base_model()")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedLayer("model: expected one sequence of tokens, got an encoder and a decoder")
+    check_swappable("model", model)
+    takes = inspect.signature(model.forward).parameters
+    if hasattr(model, "can_generate") and model.can_generate() and "past_key_values" not in takes:
+        raise UnsupportedLayer(
+            f"model: expected one that generates with past_key_values, got {type(model).__name__} without"
+        )
 
 
 def _hidden_size(model: nn.Module) -> int:
