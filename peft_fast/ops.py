@@ -153,7 +153,7 @@ def lora_linear(
     y, z = backends.implementation("lora_linear", weight.format, x, backend)(
         _rows(x, weight.in_features),
         weight,
-        bias,
+        bias if bias is None else bias.contiguous(),
         lora_A.contiguous(),
         lora_B.contiguous(),
         dropout_mask,
@@ -194,7 +194,7 @@ def lora_linear_backward(
         z,
         dropout_mask,
         out_scale if out_scale is None else out_scale.contiguous(),
-        bias,
+        bias if bias is None else bias.contiguous(),
         y if y is None else _rows(y, weight.out_features),
         scaling,
         dropout_p,

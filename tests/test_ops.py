@@ -79,6 +79,7 @@ def test_non_contiguous_operands(backend, out_scale):
     strided.x = case.x.repeat_interleave(2, dim=0)[::2]
     strided.lora_A = case.lora_A.t().contiguous().t()
     strided.lora_B = case.lora_B.t().contiguous().t()
+    strided.bias = case.bias.repeat_interleave(2)[::2]
     if out_scale:
         strided.out_scale = case.out_scale.repeat_interleave(2)[::2]
     strided.grad = case.grad[:1].expand_as(case.grad)
