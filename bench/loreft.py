@@ -56,7 +56,7 @@ def load_pyreft() -> Any:
     if found is None:
         raise SystemExit(f"pyreft: expected it installed, got none: {INSTALL}")
     package = types.ModuleType("pyreft")
-    package.__path__ = list(found.submodule_search_locations or [])
+    package.__path__, package.__spec__ = list(found.submodule_search_locations or []), found
     sys.modules["pyreft"] = package
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -267,8 +267,18 @@ def test_the_norm_of_dora_is_measured(bench, tmp_path, capsys):
     assert "cold / dequantize" in capsys.readouterr().out
 
 
+@pytest.fixture
+def modules_restored():
+    """Without what a benchmark imported, such as its stand-in for the package pyreft."""
+    before = dict(sys.modules)
+    yield
+    for name in set(sys.modules) - set(before):
+        if name.partition(".")[0] in ("pyreft", "pyvene", "loreft"):
+            del sys.modules[name]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("pyreft") is None, reason="pyreft, which it is compared with")
-def test_loreft_is_measured_beside_pyreft(bench, tmp_path, capsys):
+def test_loreft_is_measured_beside_pyreft(bench, tmp_path, capsys, modules_restored):
     loreft = importlib.import_module("loreft")
     tiny = ["--width", "64", "--blocks", "1", "--batch", "2", "--tokens", "24", "--rank", "4"]
     loreft.main([*tiny, "--seconds", "0", "--quant", "nf4", "--csv", str(tmp_path / "rows.csv")])
