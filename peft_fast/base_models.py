@@ -216,7 +216,4 @@ def protect_from_repacking(model: nn.Module) -> int:
     On CPUs with AVX512_BF16 the first evaluation would repack the weights in place, and the training steps
     after it would get no gradient. That holds for layers without an adapter, too.
     """
-    layers = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
-    for layer in layers:
-        modules.protect_from_repacking(layer)
-    return len(layers)
+    return sum(map(modules.protect_from_repacking, model.modules()))
