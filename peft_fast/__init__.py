@@ -20,6 +20,7 @@ _HOME = {
     "from_dense": "formats",
     "DoRALinear": "modules",
     "LoRALinear": "modules",
+    "dequantize": "functional",
     "dora_linear": "functional",
     "lora_linear": "functional",
     "loreft": "functional",
@@ -44,6 +45,7 @@ __all__ = [
     "UnsupportedLayer",
     "UnsupportedWeight",
     "accelerate",
+    "dequantize",
     "dora_linear",
     "explain",
     "from_bitsandbytes",
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
     from .convert import accelerate, explain, restore
     from .errors import BackendUnavailable, UnsupportedLayer, UnsupportedWeight
     from .formats import QuantizedWeight, from_bitsandbytes, from_dense
-    from .functional import dora_linear, lora_linear, loreft
+    from .functional import dequantize, dora_linear, lora_linear, loreft
     from .modules import DoRALinear, LoRALinear
     from .reft import LoReFT, LoReFTConfig, LoReFTLinear, ReftModel, get_reft_model
 

@@ -43,7 +43,7 @@ def _load_triton() -> Any:
 @functools.cache
 def _triton_import_error() -> str | None:
     try:
-        _load_triton()
+        import triton  # noqa: F401
     except ImportError as error:
         return f"triton does not import ({error}): pip install triton"
     return None
@@ -59,6 +59,20 @@ def _triton_unavailable(format: str, device: str, dtype: torch.dtype) -> str | N
     return _triton_import_error()
 
 
+def _triton_strategy(name: str) -> Backend:
+    @functools.cache
+    def load() -> Any:
+        return _load_triton().Strategy(name)
+
+    def unavailable(format: str, device: str, dtype: torch.dtype) -> str | None:
+        reason = _triton_unavailable(format, device, dtype)
+        if reason is None and name == "merge" and format == "dense":
+            reason = "it merges into quantized weights, got a dense one"
+        return reason
+
+    return Backend(load, unavailable, automatic=False)
+
+
 def _native(level: str, batch_invariant: bool = False) -> Backend:
     backend = native.Level(level, batch_invariant)
     return Backend(lambda: backend, backend.unavailable, automatic=not level and not batch_invariant)
@@ -68,6 +82,7 @@ def _native(level: str, batch_invariant: bool = False) -> Backend:
 BACKENDS: dict[str, Backend] = {
     "cpu": _native(""),
     "triton": Backend(_load_triton, _triton_unavailable),
+    **{f"triton-{name}": _triton_strategy(name) for name in ("splitk", "fused", "split", "library", "merge")},
     **{f"cpu-{level}": _native(level) for level in native.LEVELS},
     "cpu-batch-invariant": _native("", batch_invariant=True),
     "reference": Backend(lambda: reference, lambda format, device, dtype: None),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import autograd, dora, ops
+from . import autograd, backends, dora, ops
 from .formats import QuantizedWeight, from_dense
 from .reference import ACTIVATIONS, accumulation_dtype, dropout_scale
 
@@ -298,6 +298,38 @@ def fold_edit(
             constant = constant + projection @ bias.to(acc)
         lora_A = autograd.times_weight(projection, weight, backend)
         return lora_A, basis[: len(projection)].t(), constant @ basis
+
+
+def dequantize(
+    weight: QuantizedWeight, dtype: torch.dtype, *, out: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """The exact value of `weight` [N, K], rounded once to `dtype`; nested scales are undone in the same pass.
+
+    Bit for bit what bitsandbytes' `dequantize_4bit` gives, without its temporaries. Not differentiable.
+
+    Args:
+        weight: of any format.
+        dtype: of the result, floating.
+        out: contiguous [N, K] of that dtype on the device of `weight`, which is filled and returned.
+        backend: "auto" or a name of `backends.BACKENDS`; an explicit one runs or raises.
+
+    Raises:
+        ValueError, TypeError: `out` is something else; it keeps its values.
+        BackendUnavailable: the named backend cannot run this case.
+    """
+    shape, device = (weight.out_features, weight.in_features), weight.weight.device
+    if out is not None:
+        if out.shape != shape or not out.is_contiguous() or out.device != device:
+            raise ValueError(
+                f"out: expected contiguous {list(shape)} on {device}, got {list(out.shape)} with strides "
+                f"{list(out.stride())} on {out.device}"
+            )
+        if out.dtype != dtype:
+            raise TypeError(f"out: expected {dtype}, got {out.dtype}")
+    name = backends.resolve("dequantize", weight.format, device.type, dtype, backend)
+    run = backends.BACKENDS[name].load().dequantize
+    with torch.no_grad():
+        return run(weight, dtype) if out is None else run(weight, dtype, out)
 
 
 def _check_subspace(

@@ -166,5 +166,6 @@ class Level:
         )  # fmt: skip
         return ReftGradients(*(g if needed else None for g, needed in zip(grads, needs, strict=True)))
 
-    def dequantize(self, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-        return _op("dequantize")(*weight, dtype, self._level)
+    def dequantize(self, weight: QuantizedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        decoded = _op("dequantize")(*weight, dtype, self._level)
+        return decoded if out is None else out.copy_(decoded)

@@ -182,9 +182,9 @@ def lora_linear_backward(
     return Gradients(dx, d_A, d_B, dbias, d_out_scale)
 
 
-def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """Ŵ [N, K], each value rounded once to `dtype`."""
-    return weight.decode(dtype)
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Ŵ [N, K], each value rounded once to `dtype`, in `out` where given."""
+    return weight.decode(dtype) if out is None else out.copy_(weight.decode(dtype))
 
 
 def loreft(

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import make_weight
-from tolerances import assert_as_exact
-from triton_cases import DEVICE, DTYPES, Launches, bits, on_device, sparse_bytes
+from triton_cases import DEVICE, DTYPES, bits, check, on_device, operands, run, sparse_bytes
 
 # isort: split
 import triton
@@ -68,44 +67,6 @@ def test_decode_through_an_identity(N, K, dtype):
 
 
 # --------------------------------------------------------------------------------------------------- numbers
-
-
-def operands(M, N, K, R, dtype, adapter_dtypes, weight, p=0.0, out_scale=False):
-    """The arguments of the forward, and grad; lora_A, lora_B and bias in `adapter_dtypes`."""
-    a, b, c = adapter_dtypes
-    x, grad = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
-    lora_A, lora_B = (torch.randn(R, K) / K**0.5).to(a), torch.randn(N, R).to(b)
-    mask = torch.ops.peft_fast.dropout_mask(x, p) if p else None
-    scale = torch.randn(N).sign() * (torch.rand(N) + 0.5) if out_scale else None
-    return [x, weight, torch.randn(N).to(c), lora_A, lora_B, mask, scale, 0.7, p], grad
-
-
-def widened(value):
-    return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
-
-
-def run(module, arguments, grad, needs=None):
-    """{name: result} of one backend's forward and backward, by default with every gradient that there is."""
-    x, weight, bias, lora_A, lora_B, mask, out_scale, scaling, p = arguments
-    if needs is None:
-        needs = Needs(True, True, True, True, out_scale is not None)
-    y, z = module.lora_linear(x, weight, bias, lora_A, lora_B, mask, out_scale, scaling, p)
-    saved = (bias, y) if needs.out_scale else (None, None)
-    grads = module.lora_linear_backward(
-        grad, x, weight, lora_A, lora_B, z, mask, out_scale, *saved, scaling, p, needs
-    )
-    return {"y": y, "z": z, **grads._asdict()}
-
-
-def check(arguments, grad):
-    got = run(triton_kernels, [on_device(a) for a in arguments], on_device(grad))
-    plain = run(reference, arguments, grad)
-    truth = run(reference, [widened(a) for a in arguments], widened(grad))
-    for name, exact in truth.items():
-        if exact is None:
-            assert got[name] is None, name
-            continue
-        assert_as_exact(name, got[name].cpu(), plain[name], exact)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
@@ -210,48 +171,6 @@ def test_cast_rounds_to_nearest_even():
     _cast_to_bfloat16[(1,)](x, out, len(x), BLOCK=256)
     assert torch.equal(out.nan_to_num(5.0), x.bfloat16().float().nan_to_num(5.0))
     assert torch.equal(out.signbit()[:-1], x.signbit()[:-1])
-
-
-# -------------------------------------------------------------------------------------------------- launches
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """The names of the kernels that were started."""
-    return Launches(monkeypatch, "lora_linear").names
-
-
-@pytest.mark.parametrize("out_scale", [False, True])
-def test_only_what_is_needed_is_launched_and_computed(launched, out_scale):
-    """Six launches for a training step, with out_scale or without."""
-    arguments, grad = operands(
-        9, 20, 32, 5, torch.float32, [torch.float32] * 3, make_weight("nf4", 20, 32), 0.3, out_scale
-    )
-    arguments, grad = [on_device(a) for a in arguments], on_device(grad)
-    complete = run(triton_kernels, arguments, grad)
-    assert launched == [
-        "down_kernel", "linear_kernel", "up_backward_kernel", "sum_kernel", "dx_kernel", "da_kernel"
-    ]  # fmt: skip
-    for flags in itertools.product(*[[False, True]] * 4, [False, True][: 1 + out_scale]):
-        needs = Needs(*flags)
-        del launched[:]
-        got = run(triton_kernels, arguments, grad, needs)
-        expected = ["down_kernel", "linear_kernel"]
-        expected += ["up_backward_kernel", "sum_kernel"] if any(needs) else []
-        expected += ["dx_kernel"] if needs.x else []
-        expected += ["da_kernel"] if needs.lora_A else []
-        assert launched == expected, needs
-        for name, needed in needs._asdict().items():
-            assert (got[name] is not None) == needed, (name, needs)
-            assert not needed or torch.equal(got[name], complete[name]), (name, needs)
-
-
-def test_rank_zero_launches_the_base_alone(launched):
-    weight = make_weight("nf4", 40, 64)
-    arguments, grad = operands(5, 40, 64, 0, torch.float32, [torch.float32] * 3, weight)
-    needs = Needs(True, True, True, False, False)
-    run(triton_kernels, [on_device(a) for a in arguments], on_device(grad), needs)
-    assert launched == ["linear_kernel", "dx_kernel"]
 
 
 # ----------------------------------------------------------------------------------------------- 64-bit sizes

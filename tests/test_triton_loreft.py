@@ -131,7 +131,7 @@ def test_launches(monkeypatch, rows, residual, programs):
     monkeypatch.setattr(configs, "PROGRAMS", programs)
     arguments, grad = operands(70, 20, 3, rows and list(rows), residual=residual)
     arguments, grad = [on_device(a) for a in arguments], on_device(grad)
-    with Launches(monkeypatch, "loreft") as launches:
+    with Launches(monkeypatch) as launches:
         _, z, kept = triton_kernels.loreft(*arguments)
         assert launches.names == [
             *([] if rows is None else ["add" if residual else "clone"]),
@@ -160,7 +160,7 @@ def test_no_projection_rows_no_launch_for_them(monkeypatch, terms, act):
     arguments, grad = operands(9, 20, 3, [1, 2], terms=terms, act=act)
     arguments, grad = [on_device(a) for a in arguments], on_device(grad)
     _, z, kept = triton_kernels.loreft(*arguments)
-    launches = Launches(monkeypatch, "loreft")
+    launches = Launches(monkeypatch)
     got = backward(triton_kernels, arguments, grad, z, kept, ReftNeeds(False, True, False, False))
     assert got["projection"].shape == (3 * terms, 20)
     names = ["loreft_rows_backward_kernel", "loreft_columns_backward_kernel"]

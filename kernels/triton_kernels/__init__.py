@@ -4,11 +4,14 @@ decode.py       one decode per format, called by every kernel
 tiles.py        tiles in and out, the dot wrapper, dropout, activations, program order
 configs.py      tile sizes, with the reason for each
 launch.py       the device guard and the arguments that all kernels take
-lora_linear.py, loreft.py, dequantize.py    kernels, then launchers
+strategies.py   the ways to carry lora_linear out, and the tables, in measured/, by which one is picked
+low_rank.py, linear.py    the kernels of lora_linear: thin products; main loops over the weight
+lora_linear.py  their launchers, by strategy
+loreft.py, dequantize.py    kernels, then launchers
 """
 
 from .dequantize import dequantize
-from .lora_linear import lora_linear, lora_linear_backward
+from .lora_linear import Strategy, lora_linear, lora_linear_backward
 from .loreft import loreft, loreft_backward
 
-__all__ = ["dequantize", "lora_linear", "lora_linear_backward", "loreft", "loreft_backward"]
+__all__ = ["Strategy", "dequantize", "lora_linear", "lora_linear_backward", "loreft", "loreft_backward"]

@@ -99,11 +99,13 @@ DOWN: Tiles = {
     # A few rows: K is split between programs. 64 rows keep several programs on each multiprocessor.
     True: (
         {"BLOCK_M": 16, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
+        {"BLOCK_M": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
         {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
     ),
     # Three TF32 products hold three times the operands in registers: half the depth.
     False: (
         {"BLOCK_M": 16, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
         {"BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
     ),
 }
@@ -141,13 +143,19 @@ REFT_COLUMNS: Tiles = {
     True: ({"BLOCK_M": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 5},),
     False: ({"BLOCK_M": 16, "BLOCK_D": 32, "num_warps": 4, "num_stages": 4},),
 }
-DEQUANTIZE = {"BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 4}
+# A tile of a decoded weight: 2 KiB of codes, enough in flight with the few programs that fit beside the
+# stages of `down_kernel`. All kernels that write one have this many warps.
+WRITE = {"ROWS": 32, "COLS": 128}
+WRITE_WARPS = 4
+# The sums of splitk's partial results: a program for each multiprocessor at N = 4096 and 16 rows.
+FINISH = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4}
 SUM = {"BLOCK": 1024, "num_warps": 4}
 if INTERPRET.value:
     DOWN = dict.fromkeys(DOWN, ({"BLOCK_M": 32, "BLOCK_K": 32},))
     UP_BACKWARD = dict.fromkeys(UP_BACKWARD, ({"BLOCK_M": 16, "BLOCK_N": 32},))
     DA = dict.fromkeys(DA, ({"BLOCK_M": 16, "BLOCK_K": 64},))
-    DEQUANTIZE = {"BLOCK_N": 32, "BLOCK_K": 64}
+    WRITE = {"ROWS": 32, "COLS": 64}
+    FINISH = {"BLOCK_M": 16, "BLOCK_N": 32}
     SUM = {"BLOCK": 256}
 # With Y beside G, 32 rows of 128 columns would spill.
 UP_BACKWARD_OUT_SCALE: Tiles = UP_BACKWARD | {True: UP_BACKWARD[True][:1]}
@@ -174,12 +182,30 @@ def rank_block(R: int) -> int:
 PROGRAMS, CHUNKS = (4, 2) if INTERPRET.value else (128, 8)
 
 
-def split(programs: int, steps: int) -> int:
-    """Into how many partial sums to split a reduction of `steps` steps, a power of two up to 16."""
+def split(programs: int, steps: int, sharing: int = 1) -> int:
+    """Into how many partial sums to split a reduction of `steps` steps, a power of two up to 16.
+
+    `sharing` programs are to share a multiprocessor.
+    """
     parts = 1
-    while parts < 16 and parts * programs < PROGRAMS and 2 * parts <= steps:
+    while parts < 16 and parts * programs < sharing * PROGRAMS and 2 * parts <= steps:
         parts *= 2
     return parts
+
+
+def whole_rows(m: int, dtype: torch.dtype) -> dict[str, int]:
+    """The tile of `down_kernel` where K is not split: the most rows whose programs fill a device."""
+    tiles = DOWN[dtype == torch.bfloat16]
+    return next((tile for tile in reversed(tiles) if m >= PROGRAMS * tile["BLOCK_M"]), tiles[0])
+
+
+def splitk(M: int, columns: int, depth: int, dtype: torch.dtype) -> tuple[Tile, int]:
+    """The tile and the number of partial sums for M rows of a product [M, columns] that sums over `depth`."""
+    tiles = [tile for tile in MAIN_LOOP if tile.takes(dtype, aligned=False) or INTERPRET.value]
+    tile = next((tile for tile in tiles if tile.rows >= M), tiles[-1])
+    programs = triton.cdiv(M, tile.rows) * triton.cdiv(columns, tile.columns)
+    # Four warps of one program would leave the memory waiting.
+    return tile, split(programs, triton.cdiv(depth, tile.depth), sharing=4)
 
 
 def reft_rows(m: int, dtype: torch.dtype) -> dict[str, int]:

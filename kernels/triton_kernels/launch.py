@@ -10,6 +10,7 @@ import threading
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from peft_fast.formats import QuantizedWeight
@@ -18,6 +19,8 @@ from .tiles import INTERPRET
 
 # The decode of a weight is a product, then a sum, with two roundings: no contraction.
 OPTIONS = {"enable_fp_fusion": False}
+
+TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 # Triton's autotuner keeps the arguments of the running call on itself, so launches take turns.
 _lock = threading.Lock()
@@ -33,21 +36,30 @@ def launch(kernel: Any, grid: Any, device: torch.device, *args: Any, **meta: Any
         kernel[grid](*args, **meta, **OPTIONS)
 
 
+def held(dtype: torch.dtype) -> torch.dtype:
+    """What kernels hold such a result in: fp32 for bfloat16 under the interpreter, which lacks it."""
+    return torch.float32 if INTERPRET.value and dtype == torch.bfloat16 else dtype
+
+
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialized result; fp32 for bfloat16 under the interpreter, which cannot store bfloat16."""
-    if INTERPRET.value and dtype == torch.bfloat16:
-        dtype = torch.float32
-    return torch.empty(shape, dtype=dtype, device=device)
+    """An uninitialized result, held as a kernel can store it."""
+    return torch.empty(shape, dtype=held(dtype), device=device)
 
 
 def storable(t: Tensor) -> Tensor:
     """`t`, which the caller owns, for kernels to write to; an fp32 copy of bfloat16 under the interpreter."""
-    return t.float() if INTERPRET.value and t.dtype == torch.bfloat16 else t
+    return t.to(held(t.dtype))
 
 
-def precision(device: torch.device) -> str:
-    """How fp32 operands are multiplied: three TF32 products on NVIDIA, natively elsewhere."""
-    return "tf32x3" if device.type == "cuda" and torch.version.hip is None else "ieee"
+def precision(device: torch.device, result: torch.dtype = torch.float32) -> str:
+    """How fp32 operands are multiplied on NVIDIA: by three TF32 products, or by one if the result is half.
+
+    TF32 holds 11 bits, as float16 does: its error is a share of the low-rank term, less than what rounding
+    the result to half precision adds to the whole. Elsewhere fp32 is multiplied as it is.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "ieee"
+    return "tf32x3" if result == torch.float32 else "tf32"
 
 
 def weight_args(weight: QuantizedWeight) -> tuple[tuple[Tensor | None, ...], tuple[int, ...], dict[str, Any]]:

@@ -30,7 +30,7 @@ from peft_fast.reference import ReftGradients, ReftNeeds, dropout_scale
 
 from . import configs
 from .launch import empty, launch, precision, storable
-from .lora_linear import sum_kernel
+from .low_rank import sum_kernel
 from .tiles import (
     activation,
     activation_slope,
