@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 from tolerances import assert_as_exact
-from triton_cases import DTYPES, Launches, bits, on_device, sparse_bytes
+from triton_cases import DEVICE, DTYPES, Launches, bits, on_device, sparse_bytes
 
 # isort: split
 import triton
@@ -88,9 +88,10 @@ def test_every_tile(monkeypatch, dtype, which, r):
 
 def test_the_tile_grows_with_the_rows():
     small, large = configs.REFT_ROWS[True]
-    assert configs.reft_rows(1, torch.bfloat16) == small
-    assert configs.reft_rows(configs.PROGRAMS * large["BLOCK_M"], torch.bfloat16) == large
-    assert configs.reft_rows(10**6, torch.float16) == configs.REFT_ROWS[False][-1]
+    bf16, fp16 = (torch.empty(0, dtype=dtype, device=DEVICE) for dtype in (torch.bfloat16, torch.float16))
+    assert configs.reft_rows(1, bf16) == small
+    assert configs.reft_rows(configs.PROGRAMS * large["BLOCK_M"], bf16) == large
+    assert configs.reft_rows(10**6, fp16) == configs.REFT_ROWS[False][-1]
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -192,7 +193,7 @@ def test_rows_past_2_to_the_31():
     kernels = triton_kernels.loreft.__globals__
     edited, z_again, kept_again = small[0].clone(), torch.zeros_like(z), torch.zeros_like(kept)
     meta = {"TERMS": 2, "ACT": "gelu", "DROP_STATE": False, "MORE_RANKS": False}
-    meta |= configs.reft_rows(2, torch.float16)
+    meta |= configs.reft_rows(2, h)
     meta |= {"BLOCK_R": 16, "PRECISION": kernels["precision"](h.device)}
     projection, bias, basis = small[3:6]
     kernels["launch"](

@@ -257,5 +257,5 @@ def test_an_explicit_strategy_runs_or_raises():
 
 def test_splitk_shares_the_reduction():
     for M, columns, depth in ((1, 4096, 4096), (16, 20, 64), (64, 100, 1000), (0, 5, 5)):
-        tile, parts = configs.splitk(M, columns, depth, torch.bfloat16)
+        tile, parts = configs.splitk(M, columns, depth, torch.empty(0, dtype=torch.bfloat16))
         assert 1 <= parts <= max(1, depth // tile.depth)

@@ -75,7 +75,7 @@ def write_args(
 ) -> tuple[int, dict[str, Any]]:
     """How many programs write the panel `out` [rows, columns] of a weight, and what `write_tile` takes."""
     tensors, (stride_n, stride_k), decoding = weight_args(weight)
-    tile, (rows, columns) = configs.WRITE, out.shape
+    tile, (rows, columns) = configs.write_tile(out), out.shape
     names = ("weight", "absmax", "code", "nested_absmax", "nested_code", "nested_offset")
     arguments = dict(zip(names, tensors, strict=True)) | {
         "stride_n": stride_n, "stride_k": stride_k,
@@ -103,7 +103,7 @@ def write(
         dequantize_kernel, (programs,), out.device,
         p_a=lora_A, p_b=lora_B, p_out_scale=out_scale, p_out=out,
         N=weight.out_features, K=weight.in_features, R=R, scaling=scaling,
-        DTYPE=TL_DTYPES[dtype], PRECISION=precision(out.device, dtype), RANKS=configs.rank_block(R),
+        DTYPE=TL_DTYPES[dtype], PRECISION=precision(out.device, dtype), RANKS=configs.rank_block(R, out),
         num_warps=configs.WRITE_WARPS, **arguments,
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from peft_fast.formats import QuantizedWeight
 
+from . import target
 from .tiles import INTERPRET
 
 # The decode of a weight is a product, then a sum, with two roundings: no contraction.
@@ -52,14 +53,13 @@ def storable(t: Tensor) -> Tensor:
 
 
 def precision(device: torch.device, result: torch.dtype = torch.float32) -> str:
-    """How fp32 operands are multiplied on NVIDIA: by three TF32 products, or by one if the result is half.
+    """How kernels multiply fp32 operands: as `target.precision`, but by one TF32 product for a half result.
 
     TF32 holds 11 bits, as float16 does: its error is a share of the low-rank term, less than what rounding
-    the result to half precision adds to the whole. Elsewhere fp32 is multiplied as it is.
+    the result to half precision adds to the whole.
     """
-    if device.type != "cuda" or torch.version.hip is not None:
-        return "ieee"
-    return "tf32x3" if result == torch.float32 else "tf32"
+    exact = target.precision(target.arch(device))
+    return "tf32" if exact == "tf32x3" and result != torch.float32 else exact
 
 
 def weight_args(weight: QuantizedWeight) -> tuple[tuple[Tensor | None, ...], tuple[int, ...], dict[str, Any]]:

@@ -48,7 +48,7 @@ def up_backward(
     if R == 0:
         sums = sums._replace(dz=None, d_B=None)
     tiles = configs.UP_BACKWARD if o.out_scale is None else configs.UP_BACKWARD_OUT_SCALE
-    tile, block_r = configs.by_rows(tiles, M, grad.dtype), configs.rank_block(R)
+    tile, block_r = configs.by_rows(tiles, M, grad), configs.rank_block(R, grad)
     ranks = 1 if sums.dz is None and sums.d_B is None else triton.cdiv(R, block_r)
     chunks, columns, split = configs.chunks(
         triton.cdiv(N, tile["BLOCK_N"]), ranks, triton.cdiv(M, tile["BLOCK_M"])
@@ -80,7 +80,7 @@ def add_partials(o: Operands, partials: Partials, buffer: Tensor | None = None, 
         programs += tiles
         arguments |= {
             "p_scratch": buffer, "p_out_scale": o.out_scale, "K": K, "DTYPE": TL_DTYPES[o.x.dtype],
-            "BLOCK_R": configs.rank_block(R), **({"p_a": o.lora_A, "p_b": o.lora_B} if merge else {}),
+            "BLOCK_R": configs.rank_block(R, o.x), **({"p_a": o.lora_A, "p_b": o.lora_B} if merge else {}),
         }  # fmt: skip
     launch(
         sum_kernel, (programs,), device,
@@ -94,7 +94,7 @@ def add_partials(o: Operands, partials: Partials, buffer: Tensor | None = None, 
 def splitk(o: Operands, grad: Tensor, partials: Partials, d_A: Tensor | None, dx: Tensor) -> None:
     (M, N, K, R), device = o.sizes, grad.device
     tensors, strides, decoding = weight_args(o.weight)
-    tile, split = configs.splitk(M, K, N, o.x.dtype)
+    tile, split = configs.splitk(M, K, N, o.x)
     dx_partial = empty((split, M, K), torch.float32, device)
     programs = triton.cdiv(M, tile.rows) * triton.cdiv(K, tile.columns) * split + partials.programs
     launch(
@@ -116,7 +116,7 @@ def main_loop(
     with borrowed(o, (N, K), from_scratch and o.weight.format != "dense") as buffer:
         add_partials(o, partials, buffer)
         tensors, strides, decoding = weight_args(o.weight if buffer is None else from_dense(buffer))
-        block_m = configs.row_block(M, o.x.dtype, decoding["ALIGNED"])
+        block_m = configs.row_block(M, o.x, decoding["ALIGNED"])
         rows = triton.cdiv(M, block_m)
         launch(
             dx_kernel, lambda meta: (rows * triton.cdiv(K, meta["BLOCK_K"]),), device,
@@ -159,7 +159,7 @@ def da(
 ) -> None:
     """dA [R, K]; in `dx` [M, K] the partial sums dx_partial [split, M, K] and drop(dZ·A)."""
     (M, _, K, R), device = o.sizes, o.x.device
-    block_r, tile = configs.rank_block(R), configs.by_rows(configs.DA, M, o.x.dtype)
+    block_r, tile = configs.rank_block(R, o.x), configs.by_rows(configs.DA, M, o.x)
     if R == 0:
         d_A = None
     if d_A is None and dx is None:

@@ -21,8 +21,8 @@ from .operands import Operands, borrowed, is_operand, panels, write_panel
 def splitk(o: Operands, bias: Tensor | None, y: Tensor, z: Tensor) -> None:
     (M, N, K, R), device = o.sizes, o.x.device
     tensors, strides, decoding = weight_args(o.weight)
-    tile, split = configs.splitk(M, N, K, o.x.dtype)
-    block_r = configs.rank_block(R)
+    tile, split = configs.splitk(M, N, K, o.x)
+    block_r = configs.rank_block(R, o.x)
     rows, columns, ranks = triton.cdiv(M, tile.rows), triton.cdiv(N, tile.columns), triton.cdiv(R, block_r)
     down_split = configs.split(rows * ranks, triton.cdiv(K, tile.depth)) if N and R else 1
     partial = z if down_split == 1 else empty((down_split, M, R), torch.float32, device)
@@ -49,7 +49,7 @@ def splitk(o: Operands, bias: Tensor | None, y: Tensor, z: Tensor) -> None:
 
 def main_loop(o: Operands, bias: Tensor | None, y: Tensor, z: Tensor, from_scratch: bool) -> None:
     (M, N, K, R), device = o.sizes, o.x.device
-    block_r, tile = configs.rank_block(R), configs.by_rows(configs.DOWN, M, o.x.dtype)
+    block_r, tile = configs.rank_block(R, o.x), configs.by_rows(configs.DOWN, M, o.x)
     rows, ranks = triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(R, block_r)
     split = configs.split(rows * ranks, triton.cdiv(K, tile["BLOCK_K"])) if N and R else 1
     partial = z if split == 1 else empty((split, M, R), torch.float32, device)
@@ -58,7 +58,7 @@ def main_loop(o: Operands, bias: Tensor | None, y: Tensor, z: Tensor, from_scrat
         if y.numel() == 0:
             return
         tensors, strides, decoding = weight_args(o.weight if buffer is None else from_dense(buffer))
-        block_m = configs.row_block(M, o.x.dtype, decoding["ALIGNED"])
+        block_m = configs.row_block(M, o.x, decoding["ALIGNED"])
         rows = triton.cdiv(M, block_m)
         launch(
             linear_kernel, lambda meta: (rows * triton.cdiv(N, meta["BLOCK_N"]),), device,
@@ -71,7 +71,7 @@ def main_loop(o: Operands, bias: Tensor | None, y: Tensor, z: Tensor, from_scrat
 
 
 def library(o: Operands, bias: Tensor | None, y: Tensor, z: Tensor, merge: bool) -> Tensor:
-    (_, N, K, R), tile = o.sizes, configs.whole_rows(len(o.x), o.x.dtype)
+    (_, N, K, R), tile = o.sizes, configs.whole_rows(len(o.x), o.x)
     accumulate = not merge and R > 0
     for first, rows in panels(o, N, K):
         with borrowed(o, (rows, K), not is_operand(o)) as buffer:
@@ -104,7 +104,7 @@ def down(
 ) -> None:
     """Z [M, R], or its partial sums; Y0 in `y` [M, N] and the first panel of the weight in `buffer`."""
     (M, N, K, R), device = o.sizes, o.x.device
-    block_r = configs.rank_block(R)
+    block_r = configs.rank_block(R, o.x)
     programs = triton.cdiv(M, tile["BLOCK_M"]) * (1 if y is not None else triton.cdiv(R, block_r) * split)
     arguments: dict[str, Any] = {}
     if y is not None or buffer is not None:

@@ -43,6 +43,7 @@ from peft_fast.formats import QuantizedWeight
 from peft_fast.reference import Gradients, Needs
 
 from . import lora_backward, lora_forward, strategies
+from .dequantize import dequantize
 from .launch import empty
 from .operands import Operands
 
@@ -58,6 +59,8 @@ def _strategy(direction: strategies.Direction, operands: Operands, name: str | N
 
 class Strategy:
     """The op by one named strategy, as a backend; raises BackendUnavailable for what it cannot run."""
+
+    dequantize = staticmethod(dequantize)
 
     def __init__(self, name: str) -> None:
         self.lora_linear = functools.partial(lora_linear, strategy=name)

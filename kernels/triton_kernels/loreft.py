@@ -248,7 +248,7 @@ def loreft(
         states = out = storable(h.clone() if residual is None else torch.add(h, residual))
         residual = None
     z = empty((m, len(projection)), torch.float32, device)
-    tile, block_r = configs.reft_rows(m, h.dtype), configs.rank_block(max(R, len(projection)))
+    tile, block_r = configs.reft_rows(m, h), configs.rank_block(max(R, len(projection)), h)
     launch(
         loreft_kernel, (triton.cdiv(m, tile["BLOCK_M"]),), device,
         states, residual, rows, projection, bias, basis, dropout_mask, out, z, kept,
@@ -276,14 +276,14 @@ def loreft_backward(
 ) -> ReftGradients:
     """As `reference.loreft_backward`, for contiguous operands."""
     (M, D), R, m, device = grad.shape, len(basis), len(z), grad.device
-    terms, block_r = _terms(projection, basis), configs.rank_block(max(R, len(projection)))
+    terms, block_r = _terms(projection, basis), configs.rank_block(max(R, len(projection)), grad)
     drop_scale = 1.0 if dropout_mask is None else dropout_scale(dropout_p)
     dh = dz = None
     if needs.h:
         dh = empty((M, D), grad.dtype, device) if rows is None else storable(grad.clone())
     if needs.h or needs.projection or needs.bias:
         dz = empty((m, max(terms, 1) * R), torch.float32, device)
-        tile = configs.reft_rows(m, grad.dtype)
+        tile = configs.reft_rows(m, grad)
         launch(
             loreft_rows_backward_kernel, (triton.cdiv(m, tile["BLOCK_M"]),), device,
             grad if rows is None or dh is None else dh,
@@ -294,7 +294,7 @@ def loreft_backward(
             PRECISION=precision(device), BLOCK_R=block_r, **tile,
         )  # fmt: skip
 
-    tile = configs.by_rows(configs.REFT_COLUMNS, m, grad.dtype)
+    tile = configs.by_rows(configs.REFT_COLUMNS, m, grad)
     stripes = triton.cdiv(D, tile["BLOCK_D"])
     dz_blocks, basis_blocks = triton.cdiv(max(terms, 1) * R, block_r), triton.cdiv(R, block_r)
     # Whatever is needed, so that a gradient's bits do not depend on the others.

@@ -302,9 +302,10 @@ def da_kernel(
                     b_a = load_tile(p_a, i_r, i_k, R, K, BLOCK_R, BLOCK_K)
                     b_dx = dot(b_z, b_a, b_dx, Y_PRECISION)
                 b_dx = drop_tile(b_dx * drop_scale, p_mask, i_m, i_k, rows, K)
-            for i_split in range(SPLIT):
-                p_next = p_partial + tl.cast(i_split, tl.int64) * M * K
-                b_dx += load_tile(p_next, i_m, i_k, rows, K, BLOCK_M, BLOCK_K)
+            if p_partial is not None:
+                for i_split in range(SPLIT):
+                    p_next = p_partial + tl.cast(i_split, tl.int64) * M * K
+                    b_dx += load_tile(p_next, i_m, i_k, rows, K, BLOCK_M, BLOCK_K)
             store_tile(p_dx, b_dx, i_m, i_k, rows, K)
     if p_da is not None:
         store_tile(p_da, b_da * drop_scale, i_rank * BLOCK_R, i_k, R, K)

@@ -35,8 +35,11 @@ import torch
 
 from peft_fast import scratch
 
+from . import target
+
 NAMES = ("splitk", "fused", "split", "library", "merge")
 FALLBACKS = ("merge", "library", "split", "fused")  # the last runs everything
+MAIN_LOOPS = ("fused", "split")
 SPLITK_ROWS = 128
 MEASURED = Path(__file__).parent / "measured"
 DEFAULT = "default.json"
@@ -90,7 +93,8 @@ def merge_by_default(problem: Problem) -> bool:
     where decoded weights do not lie on the grid of that dtype, so that the rounding does not swallow small
     updates: for nested NF4 (docs/merge.md).
     """
-    return problem.format == "nf4" and problem.nested and not problem.dropout
+    half = problem.dtype in (torch.float16, torch.bfloat16)
+    return problem.format == "nf4" and problem.nested and half and not problem.dropout
 
 
 def may_run(strategy: str, problem: Problem) -> bool:
@@ -317,11 +321,15 @@ def _ranges(
     case = case_of(direction, problem)
     found = (nearest(table, case, problem.N, problem.K, problem.R) for table in tables)
     row = next((row for row in found if row is not None), None)
-    return ranges(row, problem)
+    small = device_type == "cuda" and target.is_small(target.arch(torch.device(device_type, index)))
+    return ranges(row, problem, small)
 
 
-def ranges(row: Row | None, problem: Problem) -> tuple[tuple[float, str], ...]:
-    """(up to how many rows, strategy) for a problem of any M, by a row, or without one by `FALLBACKS`."""
+def ranges(row: Row | None, problem: Problem, small: bool = False) -> tuple[tuple[float, str], ...]:
+    """(up to how many rows, strategy) for a problem of any M, by a row, or without one by `FALLBACKS`.
+
+    `small` architectures (`target.is_small`) take a main loop in Triton only where nothing else can run.
+    """
     choices = row.choices if row is not None else (Choice(math.inf, ()),)
     ends = sorted({choice.up_to for choice in choices} | {SPLITK_ROWS})
     found: list[tuple[float, str]] = []
@@ -330,7 +338,10 @@ def ranges(row: Row | None, problem: Problem) -> tuple[tuple[float, str], ...]:
         # Between two ends all M may run the same strategies: those of any M between stand for them.
         M = SPLITK_ROWS if end <= SPLITK_ROWS else SPLITK_ROWS + 1
         at = problem._replace(M=M)
-        name = next(name for name in (*choice.names, *FALLBACKS) if may_run(name, at))
+        names = (*choice.names, *FALLBACKS)
+        if small:
+            names = sorted(names, key=lambda name: name in MAIN_LOOPS)
+        name = next(name for name in names if may_run(name, at))
         if found and found[-1][1] == name:
             found.pop()
         found.append((end, name))
