@@ -1,23 +1,42 @@
 """The layers that bench/lora_linear.py times, all made of the same operands, and what they must compute.
 
-`dense` is a frozen `nn.Linear`, `peft` PEFT's layer on a bitsandbytes `Linear4bit`, `ours` a `LoRALinear` or
-`DoRALinear` over the same nested NF4 bytes; adapters are equal, in fp32, without bias and dropout.
+`dense` is a frozen `nn.Linear`, `peft` PEFT's layer on a bitsandbytes `Linear4bit`, `unsloth` that layer run
+by Unsloth's function for one adapted linear layer, `ours` a `LoRALinear` or `DoRALinear` over the same nested
+NF4 bytes; adapters are equal, in fp32, without bias and dropout.
+
+Peers are optional: `missing` says why one cannot run. Without bitsandbytes a weight is packed here.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
+import types
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
-import bitsandbytes as bnb
-import peft
 import torch
-from measure import Step
+from peft_fast.bench.measure import Step
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from peft_fast import reference
-from peft_fast.formats import from_dense, from_linear
+from peft_fast.formats import code_table, from_dense, from_linear
 from peft_fast.modules import DoRALinear, LoRALinear
+
+try:
+    import bitsandbytes as bnb
+except ImportError:
+    bnb = None
+
+NEEDS: dict[str, tuple[str, ...]] = {
+    "dense": (),
+    "peft": ("peft", "bitsandbytes"),
+    "unsloth": ("unsloth", "peft", "bitsandbytes"),
+    "ours": (),
+}
+"""The packages that each kind of provider is made of."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 METHODS = {"lora": LoRALinear, "dora": DoRALinear}
@@ -50,7 +69,7 @@ class Operands(NamedTuple):
     """What every layer is made of: W [N, K] fp32, its NF4, A [R, K], B [N, R] and magnitude [N] fp32."""
 
     dense: Tensor
-    packed: bnb.nn.Params4bit
+    packed: Tensor
     lora_A: Tensor
     lora_B: Tensor
     magnitude: Tensor
@@ -61,11 +80,23 @@ def make_operands(shape: Shape) -> Operands:
     K, N, R, device = shape
     generator = torch.Generator().manual_seed(0)
     dense = (torch.randn(N, K, generator=generator) / K**0.5).to(device)
-    packed = bnb.nn.Params4bit(dense, requires_grad=False, quant_type="nf4", compress_statistics=True)
     lora_A = torch.randn(R, K, generator=generator) / K**0.5
     lora_B = torch.randn(N, R, generator=generator) / R**0.5
     magnitude = 0.5 + torch.rand(N, generator=generator)
-    return Operands(dense, packed.to(device), *(t.to(device) for t in (lora_A, lora_B, magnitude)))
+    return Operands(dense, pack(dense), *(t.to(device) for t in (lora_A, lora_B, magnitude)))
+
+
+@functools.cache
+def missing(kind: str) -> str | None:
+    """Why providers of a kind cannot run here; None when they can."""
+    for package in NEEDS[kind]:
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError:
+            return f"{package}: not installed"
+        except Exception as error:  # Unsloth raises several kinds, without a GPU for one
+            return f"{package}: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return None
 
 
 def make_layer(provider: Provider, operands: Operands) -> nn.Module:
@@ -84,40 +115,92 @@ def make_layer(provider: Provider, operands: Operands) -> nn.Module:
         layer = make(base, r=R, lora_alpha=SCALING * R, backend=provider.backend)
         trained = layer.lora_A, layer.lora_B, *([layer.magnitude] if dora else [])
     else:
+        import peft
+
         config = peft.LoraConfig(r=R, lora_alpha=SCALING * R, target_modules=["0"], use_dora=dora)
         layer = peft.get_peft_model(nn.Sequential(base), config).base_model.model[0]
         trained = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         trained += (layer.lora_magnitude_vector["default"].weight,) if dora else ()
+        if provider.kind == "unsloth":
+            layer = Unsloth(layer)
     for parameter, value in zip(trained, operands[2:], strict=False):
         parameter.data.copy_(value)
     return layer
 
 
-def linear4bit(operands: Operands, dtype: torch.dtype) -> bnb.nn.Linear4bit:
+class Unsloth(nn.Module):
+    """PEFT's LoRA layer run by Unsloth's function for one linear layer, which takes [batch, tokens, K]."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        from unsloth.kernels import apply_lora_o
+
+        super().__init__()
+        self.o_proj, self.kernels = layer, apply_lora_o
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernels(self, x[None])[0]
+
+
+def linear4bit(operands: Operands, dtype: torch.dtype) -> nn.Linear:
     """A view of the packed weight, with the state that a model loaded in `dtype` has."""
     N, K = operands.dense.shape
-    state = copy.copy(operands.packed.quant_state)
+    return nf4_linear(operands.packed, K, N, dtype)
+
+
+def nf4_linear(packed: Tensor, K: int, N: int, dtype: torch.dtype, bias: Tensor | None = None) -> nn.Linear:
+    """A layer on `pack(weight)`: a `Linear4bit`; without bitsandbytes an `nn.Linear` only ours runs."""
+    state = copy.copy(packed.quant_state)
     state.dtype = dtype
-    layer = bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
-    layer.weight = bnb.nn.Params4bit(
-        operands.packed.data, quant_state=state, quant_type="nf4", bnb_quantized=True
-    )
+    if bnb is None:
+        layer = nn.Linear(K, N, bias=False, device="meta")
+        layer.weight = nn.Parameter(packed.data, requires_grad=False)
+        layer.weight.quant_state = state
+    else:
+        layer = bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
+        layer.weight = bnb.nn.Params4bit(packed.data, quant_state=state, quant_type="nf4", bnb_quantized=True)
+    layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
     return layer
 
 
-def to_nf4(model: nn.Module) -> None:
-    """Replaces every linear layer of a model by a `Linear4bit` of its weights, nested NF4, in place."""
+def pack(weight: Tensor) -> Tensor:
+    """A weight [N, K] as nested NF4 on its device, with a `quant_state`; by bitsandbytes if installed."""
+    if bnb is None:
+        return _pack_alone(weight)
+    options = {"requires_grad": False, "quant_type": "nf4", "compress_statistics": True}
+    return bnb.nn.Params4bit(weight.detach(), **options).to(weight.device)
+
+
+def _pack_alone(weight: Tensor) -> Tensor:
+    """The same layout from PyTorch alone: scales in 8 bits of a linear code, so not bitsandbytes' own bytes.
+
+    N·K is divisible by 64.
+    """
+    code = code_table("nf4", weight.device)
+    blocks = weight.detach().float().view(-1, 64)
+    scales = blocks.abs().amax(1)
+    offset, levels = scales.mean(), torch.linspace(-1, 1, 256, device=weight.device)
+    groups = F.pad(scales - offset, (0, -len(scales) % 256)).view(-1, 256)
+    group_scales = groups.abs().amax(1).clamp(min=2.0**-126)
+    small = ((groups / group_scales[:, None] + 1) * 127.5).round().to(torch.uint8)
+    rounded = (levels[small.int()] * group_scales[:, None] + offset).view(-1)[: len(scales), None]
+    nibbles = torch.bucketize(blocks / rounded, (code[1:] + code[:-1]) / 2).to(torch.uint8).view(-1, 2)
+    packed = nn.Parameter(nibbles[:, :1] << 4 | nibbles[:, 1:], requires_grad=False)
+    packed.quant_state = types.SimpleNamespace(
+        absmax=small.view(-1)[: len(scales)].contiguous(), code=code, quant_type="nf4", blocksize=64,
+        shape=weight.shape, offset=offset, dtype=weight.dtype,
+        state2=types.SimpleNamespace(absmax=group_scales, code=levels, blocksize=256),
+    )  # fmt: skip
+    return packed
+
+
+def to_nf4(model: nn.Module, keep: Collection[str] = ()) -> None:
+    """Packs the linear layers of a model in place, one after the other, but not those named in `keep`."""
     for parent in list(model.modules()):
         for name, linear in list(parent.named_children()):
-            if type(linear) is nn.Linear:
-                new = bnb.nn.Linear4bit(
-                    linear.in_features, linear.out_features, linear.bias is not None,
-                    compute_dtype=linear.weight.dtype, quant_type="nf4",
-                )  # fmt: skip
-                new.load_state_dict(linear.state_dict())
-                setattr(
-                    parent, name, new.to(linear.weight.dtype).to(linear.weight.device).requires_grad_(False)
-                )
+            if type(linear) is nn.Linear and name not in keep:
+                N, K = linear.weight.shape
+                new = nf4_linear(pack(linear.weight), K, N, linear.weight.dtype, linear.bias)
+                setattr(parent, name, new)
 
 
 def make_step(provider: Provider, layer: nn.Module, shape: Shape, M: int) -> Step:
@@ -162,8 +245,7 @@ def by_reference(method: str, step: Step, operands: Operands, weight: Tensor) ->
 
 
 def by_layer(method: str, step: Step) -> dict[str, Tensor]:
-    """The same of a layer of ours."""
+    """The same of an adapted layer, whose trained parameters are A, B and m in this order."""
     y = step.run().detach()
-    trained = (step.layer.lora_A, step.layer.lora_B, getattr(step.layer, "magnitude", None))
-    grads = [parameter.grad for parameter in trained if parameter is not None]
+    grads = [parameter.grad for parameter in step.layer.parameters() if parameter.requires_grad]
     return dict(zip(results(method), (y, step.x.grad, *grads), strict=True))

@@ -12,7 +12,10 @@ nothing.
 
 Before a shape is timed, all results of each `ours` are compared with fp64 at every M and thread count: a
 relative error may be twice that of plain PyTorch at the same dtypes (the decoded weight in the dtype of X,
-the low-rank branch in fp32), or a rounding where that is more. Otherwise the run ends.
+the low-rank branch in fp32), or a rounding where that is more. Otherwise the run ends. A named backend that
+cannot run some M has no row there. `unsloth`, Unsloth's kernels on the layer of `peft`, may be off by 2 %; it
+changes other packages when it is imported, so it runs beside `dense` alone. Peers that are not installed are
+left out.
 
 Memory: `saved` is what autograd holds for backward beyond X and the layer's own tensors; `peak` what torch's
 allocator holds at most on top of layer and operands, Y and the gradients included. `--memory` adds
@@ -22,6 +25,8 @@ shows there alone.
     python bench/lora_linear.py --csv bench/results/lora_linear.csv
     python bench/lora_linear.py --method lora dora --shape 4096 4096 --rows 1 16 --threads 1 2
     python bench/lora_linear.py --shape 384 1536 --backend cpu-avx512 cpu-avx2 cpu-scalar --dtype float32
+    python bench/lora_linear.py --device cuda --backend auto triton-fused triton-split --rows 1 512 8192
+    python bench/lora_linear.py --device cuda --providers dense unsloth
 """
 
 from __future__ import annotations
@@ -35,17 +40,29 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import layers
-import measure
 import torch
-from layers import DTYPES, METHODS, Operands, Provider, Shape, make_layer, make_operands, make_step
-from measure import Exactness, Memory, Step, Timing
-from torch import nn
+from peft_fast.bench import layers, measure
+from peft_fast.bench.layers import (
+    DTYPES,
+    METHODS,
+    Operands,
+    Provider,
+    Shape,
+    make_layer,
+    make_operands,
+    make_step,
+)
+from peft_fast.bench.measure import Exactness, Memory, Step, Timing
+from torch import Tensor, nn
 
 from peft_fast import backends
+from peft_fast.errors import BackendUnavailable
 from peft_fast.info import device_name, versions
 
 PROVIDERS = ("dense", "peft", "ours")
+ALONE = "unsloth"
+CHECKED = ("ours", ALONE)
+PEER_ERROR = 0.02
 DENSE_DTYPES = ("float32", "bfloat16")
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (384, 1536))
 ROWS = (1, 16, 128, 512, 2048)
@@ -66,27 +83,43 @@ class Row(NamedTuple):
 def check(
     made: dict[Provider, nn.Module], operands: Operands, shape: Shape, rows: list[int], threads: list[int]
 ) -> dict[tuple[int, int], dict[Provider, dict[str, Exactness]]]:
-    """By (threads, M), the errors of the results of each `ours`. Raises `measure.Inexact`."""
-    ours = [provider for provider in made if provider.kind == "ours"]
-    exact = layers.exact_weight(operands) if ours else None
+    """By (threads, M), the errors of the results of each provider in CHECKED that runs it.
+
+    Raises:
+        measure.Inexact: an error is larger than allowed.
+    """
+    checked = [provider for provider in made if provider.kind in CHECKED]
+    exact = layers.exact_weight(operands) if checked else None
     errors: dict[tuple[int, int], dict[Provider, dict[str, Exactness]]] = {
         key: {} for key in itertools.product(threads, rows)
     }
-    cases = dict.fromkeys((provider.method, provider.dtype) for provider in ours)
+    cases = dict.fromkeys((provider.method, provider.dtype) for provider in checked)
     for M, (method, dtype) in itertools.product(rows, cases):
-        alike = [provider for provider in ours if (provider.method, provider.dtype) == (method, dtype)]
+        alike = [provider for provider in checked if (provider.method, provider.dtype) == (method, dtype)]
         step = make_step(alike[0], made[alike[0]], shape, M)
         truth = layers.by_reference(method, step, operands, exact)
         plain = layers.by_reference(method, step, operands, exact.to(DTYPES[dtype]))
         for count, provider in itertools.product(threads, alike):
             torch.set_num_threads(count)
-            got = layers.by_layer(method, step._replace(layer=made[provider]))
             where = f"{provider} {dtype} M={M} threads={count}"
+            try:
+                got = layers.by_layer(method, step._replace(layer=made[provider]))
+            except BackendUnavailable as error:
+                print(f"left out {where}: {error}", flush=True)
+                continue
+            compare = measure.exactness if provider.kind == "ours" else peer_exactness
             errors[count, M][provider] = {
-                name: measure.exactness(f"{where}: {name}", got[name], plain[name], truth[name])
-                for name in got
+                name: compare(f"{where}: {name}", got[name], plain[name], truth[name]) for name in got
             }
             print(f"checked {where}: {describe(errors[count, M][provider])}", flush=True)
+    return errors
+
+
+def peer_exactness(name: str, got: Tensor, plain: Tensor, truth: Tensor) -> Exactness:
+    """The errors of a peer's result, which may be PEER_ERROR. Raises `measure.Inexact`."""
+    errors = Exactness(measure.relative_error(got, truth), measure.relative_error(plain, truth))
+    if not errors.error <= PEER_ERROR:
+        raise measure.Inexact(f"{name}: relative error {errors.error:.2e} against fp64, allowed {PEER_ERROR}")
     return errors
 
 
@@ -153,7 +186,9 @@ def bench(
         flush = measure.cache_flush(shape.device, size)
     for threads, M in itertools.product(args.threads, args.rows):
         torch.set_num_threads(threads)
-        rows = measured(made, errors[threads, M], shape, M, args.seconds, flush)
+        checked = errors[threads, M]
+        running = {p: layer for p, layer in made.items() if p.kind not in CHECKED or p in checked}
+        rows = measured(running, checked, shape, M, args.seconds, flush)
         if args.memory:
             rows = [
                 row._replace(resident=measure.in_fresh_process(resident, row.provider, shape, M, threads))
@@ -230,7 +265,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rows", type=int, nargs="+", default=ROWS, metavar="M", help="tokens (default: %(default)s)")
     add("--rank", type=int, default=16, metavar="R")
     add("--method", choices=METHODS, nargs="+", default=["lora"], help="of peft and ours (default: lora)")
-    add("--providers", choices=PROVIDERS, nargs="+", default=PROVIDERS, help="default: all")
+    add("--providers", choices=(*PROVIDERS, ALONE), nargs="+", help=f"default: those of {PROVIDERS} that run")
     add("--dtype", choices=DTYPES, nargs="+", default=DENSE_DTYPES,
         help="activations of peft and ours; dense always runs in both of the default: %(default)s")
     add("--backend", nargs="+", default=["auto"], help=f"of ours: auto or {list(backends.BACKENDS)}")
@@ -244,6 +279,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--csv", type=Path, help="file to append the rows to")
     # fmt: on
     args = parser.parse_args(argv)
+    if args.providers is None:
+        reasons = {kind: layers.missing(kind) for kind in PROVIDERS}
+        args.providers = [kind for kind, reason in reasons.items() if reason is None]
+        print("".join(f"left out {kind}: {reason}\n" for kind, reason in reasons.items() if reason), end="")
+    if ALONE in args.providers and not set(args.providers) <= {ALONE, "dense"}:
+        parser.error(f"--providers: expected {ALONE} alone or beside dense, got {args.providers}")
     if args.memory and args.device != "cpu":
         parser.error(f"--memory: expected --device cpu, got {args.device}; a GPU's peak is always measured")
     return args
@@ -253,12 +294,17 @@ def selected(args: argparse.Namespace) -> list[Provider]:
     """The providers that the options name, each once, "auto" as the backend that it stands for.
 
     Raises:
-        ValueError, peft_fast.errors.BackendUnavailable: a backend is not known, or cannot run the case.
+        ValueError: a backend is not known, or a provider cannot run here.
+        BackendUnavailable: a backend cannot run the case.
     """
+    for kind in args.providers:
+        if (reason := layers.missing(kind)) is not None:
+            raise ValueError(f"--providers: {kind} cannot run here: {reason}")
     adapted = list(itertools.product(args.method, args.dtype))
     found = {
         "dense": [Provider("dense", dtype) for dtype in DENSE_DTYPES],
         "peft": [Provider("peft", dtype, method) for method, dtype in adapted],
+        "unsloth": [Provider("unsloth", dtype, method) for method, dtype in adapted if method == "lora"],
         "ours": [
             Provider(
                 "ours",
