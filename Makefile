@@ -1,9 +1,11 @@
 # make finetune   fine-tune a pretrained 4-bit model on this machine (about two minutes on two cores)
 # make test       every test
 # make lint       ruff, ruff format, clang-format, mypy
-# make bench      lora_linear against dense and PEFT + bitsandbytes
+# make bench      the suite's quick cases under pytest-benchmark, to runs/bench.json; `peft-fast bench` prints tables
 # make gpu        on a GPU machine, with the Python and torch it has: builds, tests, tunes and times everything in nine
 #                 minutes; CSV, JSON, plot and a report in OUT; a second run goes on where the first ended
+# make tune       on a GPU: time every strategy of lora_linear, write the table that picks one for this device
+# make roofline   predicted cost of every strategy over the frozen layer, without a GPU
 # make aot        compile every Triton kernel ahead of time and check the committed table (no GPU needed)
 
 PYTHON ?= python3
@@ -20,7 +22,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*.cp
 OUT    ?= runs/gpu
 GPU_PYTHON ?= python3
 
-.PHONY: install finetune test lint bench gpu aot clean
+.PHONY: install finetune test lint bench gpu tune roofline aot clean
 
 install: $(VENV)/.installed
 
@@ -51,10 +53,18 @@ lint: install
 	$(BIN)/mypy
 
 bench: install
-	$(BIN)/python bench/lora_linear.py $(ARGS)
+	mkdir -p runs
+	$(BIN)/python -m pytest bench --benchmark-json runs/bench.json $(ARGS)
 
 gpu:
 	$(GPU_PYTHON) bench/gpu.py --out $(OUT) $(ARGS)
+
+# Needs a GPU, and the environment of `make gpu`.
+tune:
+	$(GPU_PYTHON) bench/tune.py $(ARGS)
+
+roofline: install
+	$(BIN)/python bench/roofline.py $(ARGS)
 
 aot: install
 	$(BIN)/python bench/aot.py --check $(ARGS)

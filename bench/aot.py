@@ -210,7 +210,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.only and not arguments.check and read_table()[0] != VERSIONS:
         parser.error(f"--only: expected a table made with {VERSIONS}, got {read_table()[0]}: write it whole")
-    selected = [case for case in cases() if all(word in str(case) for word in arguments.only)]
+    targets = [name for name in TARGETS if name in arguments.only] or TARGETS
+    selected = [case for case in cases(targets) if all(word in str(case) for word in arguments.only)]
     rows, problems = compile_all(selected)
     if arguments.check:
         differences = changes(rows, complete=not arguments.only)

@@ -233,8 +233,10 @@ def test_every_reduction_split_covers_its_work():
     "words",
     [
         ("dx_kernel", "sm_90", "bf16/fp32/nf4"),
-        ("up_backward_kernel", "sm_80"),
-        ("loreft", "sm_90", "bf16/fp32/rows"),
+        ("up_backward_kernel", "sm_86", "bf16"),
+        ("loreft", "sm_90", "bf16"),
+        ("linear_kernel", "sm_75", "fp16"),
+        ("down_kernel", "gfx942", "bf16", "merge"),
     ],
 )
 def test_compiled_code_keeps_its_invariants(words):

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from cases import Case, make_weight
 from tolerances import assert_as_exact
 from triton_cases import DEVICE, DTYPES, Launches, on_device, operands, run
@@ -11,7 +12,7 @@ from triton_cases import DEVICE, DTYPES, Launches, on_device, operands, run
 # isort: split
 from peft_fast.triton_kernels import configs, strategies
 
-from peft_fast import LoRALinear, backends, scratch, triton_kernels
+from peft_fast import DoRALinear, LoRALinear, backends, scratch, triton_kernels
 from peft_fast.errors import BackendUnavailable
 from peft_fast.reference import Needs
 
@@ -253,6 +254,26 @@ def test_an_explicit_strategy_runs_or_raises():
     assert backends.resolve("lora_linear", "nf4", DEVICE, torch.float32, "triton-split") == "triton-split"
     with pytest.raises(BackendUnavailable, match="it has no loreft"):
         backends.resolve("loreft", "dense", DEVICE, torch.float32, "triton-split")
+
+
+def test_the_backend_table_names_every_strategy():
+    named = [name.removeprefix("triton-") for name in backends.BACKENDS if name.startswith("triton-")]
+    assert tuple(named) == STRATEGIES
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_dora_layer_runs_by_name(strategy):
+    base = Linear4bit(64, 40, bias=False, quant_type="nf4").to(DEVICE)
+    x, results = torch.randn(9, 64, device=DEVICE), []
+    for backend in (f"triton-{strategy}", "reference"):
+        torch.manual_seed(0)
+        layer = DoRALinear.from_linear(base, r=3, backend=backend)
+        torch.nn.init.normal_(layer.lora_B)
+        y = layer(x)
+        y.sum().backward()
+        results.append([y.detach(), *(p.grad for p in (layer.lora_A, layer.lora_B, layer.magnitude))])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_splitk_shares_the_reduction():

@@ -101,7 +101,7 @@ def tuned(configs: list[triton.Config]) -> Any:
 
 # ----------------------------------------------------------------------------------------------- fixed tiles
 
-# By `kind`, then ordered by BLOCK_M: `by_rows` takes the first that holds M rows, else the last. The small
+# By `kind`, then ordered by BLOCK_M, for `by_rows` to take the first that holds all rows. The small
 # ones load nothing ahead: without asynchronous copies that would take registers.
 SMALL = "small"
 Tiles = dict[bool | str, tuple[dict[str, int], ...]]
@@ -127,16 +127,25 @@ UP_BACKWARD: Tiles = {
         {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2},
     ),
     False: (
-        {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
         {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
     ),
     SMALL: ({"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},),
 }
 # 32 columns: at K = 4096 one program for each multiprocessor, so that no partial sums are needed.
 DA: Tiles = {
-    True: ({"BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},),
+    True: (
+        {"BLOCK_M": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+    ),
     False: ({"BLOCK_M": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},),
     SMALL: ({"BLOCK_M": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1},),
+}
+# With a tile of dX beside it, half the rows: the other half would spill.
+DA_DX: Tiles = {
+    True: ({"BLOCK_M": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},),
+    False: ({"BLOCK_M": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},),
+    SMALL: DA[SMALL],
 }
 # The rows kernels of loreft. A program reads P and the basis whole, from L2, in steps of 4 KiB of rows.
 REFT_ROWS: Tiles = {
@@ -169,7 +178,7 @@ SUM = {"BLOCK": 1024, "num_warps": 4}
 if INTERPRET.value:
     DOWN = dict.fromkeys(DOWN, ({"BLOCK_M": 32, "BLOCK_K": 32},))
     UP_BACKWARD = dict.fromkeys(UP_BACKWARD, ({"BLOCK_M": 16, "BLOCK_N": 32},))
-    DA = dict.fromkeys(DA, ({"BLOCK_M": 16, "BLOCK_K": 64},))
+    DA = DA_DX = dict.fromkeys(DA, ({"BLOCK_M": 16, "BLOCK_K": 64},))
     WRITE = WRITE_SMALL = {"ROWS": 32, "COLS": 64}
     FINISH = {"BLOCK_M": 16, "BLOCK_N": 32}
     SUM = {"BLOCK": 256}
@@ -183,12 +192,19 @@ def kind(x: Tensor) -> bool | str:
 
 
 def by_rows(tiles: Tiles, M: int, x: Tensor) -> dict[str, int]:
+    """The first tile that holds M rows like those of x, else the last.
+
+    Rows of x that do not begin on 16 elements are read one by one, which takes registers: the first, then.
+    """
     choices = tiles[kind(x)]
+    if x.shape[-1] % 16:
+        return choices[0]
     return next((tile for tile in choices if tile["BLOCK_M"] >= M), choices[-1])
 
 
-def write_tile(out: Tensor) -> dict[str, int]:
-    return WRITE_SMALL if kind(out) == SMALL else WRITE
+def write_tile(out: Tensor, aligned: bool) -> dict[str, int]:
+    """The tile of a decoded weight; `aligned` as in decode.py."""
+    return WRITE if aligned and kind(out) != SMALL else WRITE_SMALL
 
 
 # A main loop adds the low-rank term in steps of 16; the other kernels take ranks up to 32 at once, which fits
@@ -221,7 +237,7 @@ def split(programs: int, steps: int, sharing: int = 1) -> int:
 
 def whole_rows(m: int, x: Tensor) -> dict[str, int]:
     """The tile of `down_kernel` where K is not split: the most rows whose programs fill a device."""
-    tiles = DOWN[kind(x)]
+    tiles = DOWN[kind(x)][: 1 if x.shape[-1] % 16 else None]
     return next((tile for tile in reversed(tiles) if m >= PROGRAMS * tile["BLOCK_M"]), tiles[0])
 
 

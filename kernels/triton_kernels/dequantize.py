@@ -75,7 +75,7 @@ def write_args(
 ) -> tuple[int, dict[str, Any]]:
     """How many programs write the panel `out` [rows, columns] of a weight, and what `write_tile` takes."""
     tensors, (stride_n, stride_k), decoding = weight_args(weight)
-    tile, (rows, columns) = configs.write_tile(out), out.shape
+    tile, (rows, columns) = configs.write_tile(out, decoding["ALIGNED"]), out.shape
     names = ("weight", "absmax", "code", "nested_absmax", "nested_code", "nested_offset")
     arguments = dict(zip(names, tensors, strict=True)) | {
         "stride_n": stride_n, "stride_k": stride_k,

@@ -159,7 +159,8 @@ def da(
 ) -> None:
     """dA [R, K]; in `dx` [M, K] the partial sums dx_partial [split, M, K] and drop(dZ·A)."""
     (M, _, K, R), device = o.sizes, o.x.device
-    block_r, tile = configs.rank_block(R, o.x), configs.by_rows(configs.DA, M, o.x)
+    block_r = configs.rank_block(R, o.x)
+    tile = configs.by_rows(configs.DA if dx is None else configs.DA_DX, M, o.x)
     if R == 0:
         d_A = None
     if d_A is None and dx is None:
