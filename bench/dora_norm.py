@@ -24,11 +24,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import measure
 import torch
-from layers import SCALING, Operands, Shape, linear4bit, make_operands
-from lora_linear import append
 from peft.tuners.lora.dora import DoraLinearLayer
+from peft_fast.bench import measure
+from peft_fast.bench.layers import SCALING, Operands, Shape, linear4bit, make_operands
+from peft_fast.bench.lora_linear import append
 from torch import Tensor
 
 from peft_fast import backends, dora

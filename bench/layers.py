@@ -1,8 +1,9 @@
-"""The layers that bench/lora_linear.py times, all made of the same operands, and what they must compute.
+"""The layers that benchmarks time, all made of the same operands, and what they must compute.
 
-`dense` is a frozen `nn.Linear`, `peft` PEFT's layer on a bitsandbytes `Linear4bit`, `unsloth` that layer run
-by Unsloth's function for one adapted linear layer, `ours` a `LoRALinear` or `DoRALinear` over the same nested
-NF4 bytes; adapters are equal, in fp32, without bias and dropout.
+`dense` is a frozen `nn.Linear`, `peft` PEFT's own 4-bit layer on a bitsandbytes `Linear4bit` (its generic one
+on a dense weight), `unsloth` that layer run by Unsloth's function for one adapted linear layer, `ours` a
+`LoRALinear` or `DoRALinear` over the same bytes, by default nested NF4; adapters are equal, in fp32, without
+bias.
 
 Peers are optional: `missing` says why one cannot run. Without bitsandbytes a weight is packed here.
 """
@@ -66,24 +67,31 @@ class Shape(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What every layer is made of: W [N, K] fp32, its NF4, A [R, K], B [N, R] and magnitude [N] fp32."""
+    """What every layer is made of: W [N, K] fp32, its packed form, A [R, K], B [N, R], magnitude [N] fp32.
+
+    `packed` is None where the frozen weight is W itself, in the dtype of the activations.
+    """
 
     dense: Tensor
-    packed: Tensor
+    packed: Tensor | None
     lora_A: Tensor
     lora_B: Tensor
     magnitude: Tensor
 
 
-def make_operands(shape: Shape) -> Operands:
-    """The same random operands at every call; the magnitude is not the norm of any weight."""
+def make_operands(shape: Shape, format: str = "nf4", nested: bool = True) -> Operands:
+    """The same random operands at every call; the magnitude is not the norm of any weight.
+
+    `format` is "nf4", "fp4" or "dense"; without bitsandbytes, nested NF4 or dense.
+    """
     K, N, R, device = shape
     generator = torch.Generator().manual_seed(0)
     dense = (torch.randn(N, K, generator=generator) / K**0.5).to(device)
     lora_A = torch.randn(R, K, generator=generator) / K**0.5
     lora_B = torch.randn(N, R, generator=generator) / R**0.5
     magnitude = 0.5 + torch.rand(N, generator=generator)
-    return Operands(dense, pack(dense), *(t.to(device) for t in (lora_A, lora_B, magnitude)))
+    packed = None if format == "dense" else pack(dense, format, nested)
+    return Operands(dense, packed, *(t.to(device) for t in (lora_A, lora_B, magnitude)))
 
 
 @functools.cache
@@ -99,32 +107,47 @@ def missing(kind: str) -> str | None:
     return None
 
 
-def make_layer(provider: Provider, operands: Operands) -> nn.Module:
-    """The provider's layer; only the adapters are its own."""
+def make_layer(provider: Provider, operands: Operands, dropout: float = 0.0) -> nn.Module:
+    """The provider's layer, in training mode; only the adapters are its own."""
     dtype = DTYPES[provider.dtype]
     if provider.kind == "dense":
-        N, K = operands.dense.shape
-        layer = nn.Linear(K, N, bias=False, device="meta")
-        layer.weight = nn.Parameter(operands.dense.to(dtype), requires_grad=False)
-        return layer
-    base, R = linear4bit(operands, dtype), operands.lora_A.shape[0]
+        return dense_linear(operands, dtype)
+    base, R = base_linear(operands, dtype), operands.lora_A.shape[0]
     dora = provider.method == "dora"
     trained: tuple[Any, ...]
     if provider.kind == "ours":
         make = METHODS[provider.method].from_linear
-        layer = make(base, r=R, lora_alpha=SCALING * R, backend=provider.backend)
+        layer = make(base, r=R, lora_alpha=SCALING * R, lora_dropout=dropout, backend=provider.backend)
         trained = layer.lora_A, layer.lora_B, *([layer.magnitude] if dora else [])
     else:
-        import peft
-
-        config = peft.LoraConfig(r=R, lora_alpha=SCALING * R, target_modules=["0"], use_dora=dora)
-        layer = peft.get_peft_model(nn.Sequential(base), config).base_model.model[0]
+        layer = peft_layer(base, R, dora, dropout)
         trained = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         trained += (layer.lora_magnitude_vector["default"].weight,) if dora else ()
         if provider.kind == "unsloth":
             layer = Unsloth(layer)
     for parameter, value in zip(trained, operands[2:], strict=False):
         parameter.data.copy_(value)
+    return layer
+
+
+def peft_layer(base: nn.Linear, R: int, dora: bool, dropout: float) -> nn.Module:
+    """The layer that PEFT makes for `base` in a model that was loaded as `base` is, in 4 bits or dense.
+
+    Raises:
+        TypeError: PEFT made another one.
+    """
+    import peft
+
+    model, quantized = nn.Sequential(base), type(base) is not nn.Linear
+    model.is_loaded_in_4bit = quantized  # transformers sets it; without it PEFT takes its generic layer
+    config = peft.LoraConfig(
+        r=R, lora_alpha=SCALING * R, lora_dropout=dropout, target_modules=["0"], use_dora=dora
+    )
+    layer = peft.get_peft_model(model, config).base_model.model[0]
+    home = importlib.import_module(f"peft.tuners.lora.{'bnb' if quantized else 'layer'}")
+    expected = home.Linear4bit if quantized else home.Linear
+    if type(layer) is not expected:
+        raise TypeError(f"peft: expected it to make {expected.__name__}, got {type(layer).__name__}")
     return layer
 
 
@@ -141,8 +164,22 @@ class Unsloth(nn.Module):
         return self.kernels(self, x[None])[0]
 
 
+def dense_linear(operands: Operands, dtype: torch.dtype) -> nn.Linear:
+    """A frozen layer on W in `dtype`."""
+    N, K = operands.dense.shape
+    layer = nn.Linear(K, N, bias=False, device="meta")
+    layer.weight = nn.Parameter(operands.dense.to(dtype), requires_grad=False)
+    return layer
+
+
+def base_linear(operands: Operands, dtype: torch.dtype) -> nn.Linear:
+    """The frozen layer that adapters are put on."""
+    return dense_linear(operands, dtype) if operands.packed is None else linear4bit(operands, dtype)
+
+
 def linear4bit(operands: Operands, dtype: torch.dtype) -> nn.Linear:
     """A view of the packed weight, with the state that a model loaded in `dtype` has."""
+    assert operands.packed is not None, "the operands are dense"
     N, K = operands.dense.shape
     return nf4_linear(operands.packed, K, N, dtype)
 
@@ -156,17 +193,24 @@ def nf4_linear(packed: Tensor, K: int, N: int, dtype: torch.dtype, bias: Tensor 
         layer.weight = nn.Parameter(packed.data, requires_grad=False)
         layer.weight.quant_state = state
     else:
-        layer = bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
-        layer.weight = bnb.nn.Params4bit(packed.data, quant_state=state, quant_type="nf4", bnb_quantized=True)
+        kind = state.quant_type
+        layer = bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=dtype, quant_type=kind, device="meta")
+        layer.weight = bnb.nn.Params4bit(packed.data, quant_state=state, quant_type=kind, bnb_quantized=True)
     layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
     return layer
 
 
-def pack(weight: Tensor) -> Tensor:
-    """A weight [N, K] as nested NF4 on its device, with a `quant_state`; by bitsandbytes if installed."""
+def pack(weight: Tensor, format: str = "nf4", nested: bool = True) -> Tensor:
+    """A weight [N, K] in 4 bits on its device, with a `quant_state`; by bitsandbytes if installed.
+
+    Raises:
+        ValueError: without bitsandbytes, another layout than nested NF4.
+    """
     if bnb is None:
+        if (format, nested) != ("nf4", True):
+            raise ValueError(f"format: expected nested nf4 without bitsandbytes, got {format}, {nested=}")
         return _pack_alone(weight)
-    options = {"requires_grad": False, "quant_type": "nf4", "compress_statistics": True}
+    options = {"requires_grad": False, "quant_type": format, "compress_statistics": nested}
     return bnb.nn.Params4bit(weight.detach(), **options).to(weight.device)
 
 
@@ -219,13 +263,23 @@ def results(method: str) -> tuple[str, ...]:
     return ("y", "dX", "dA", "dB", *(["dm"] if method == "dora" else []))
 
 
-def exact_weight(operands: Operands) -> Tensor:
-    """The decoded weight [N, K] in fp64."""
-    return from_linear(linear4bit(operands, torch.float32)).decode(torch.float64)
+def exact_weight(operands: Operands, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The decoded weight [N, K] in fp64; of a dense one, its values in `dtype`."""
+    return from_linear(base_linear(operands, dtype)).decode(torch.float64)
 
 
-def by_reference(method: str, step: Step, operands: Operands, weight: Tensor) -> dict[str, Tensor]:
-    """The definition in the dtype of `weight` [N, K]: all in fp64, or with fp32 adapters, norms and sums."""
+def by_reference(
+    method: str,
+    step: Step,
+    operands: Operands,
+    weight: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> dict[str, Tensor]:
+    """The definition in the dtype of `weight` [N, K]: all in fp64, or with fp32 adapters, norms and sums.
+
+    `mask` is that of the op `dropout_mask`, for the probability `dropout`.
+    """
     dtype = weight.dtype
     acc = reference.accumulation_dtype(dtype)
     x, grad = step.x.detach().to(dtype), step.grad.to(dtype)
@@ -235,9 +289,11 @@ def by_reference(method: str, step: Step, operands: Operands, weight: Tensor) ->
         norm = torch.linalg.vector_norm(weight.to(acc) + SCALING * B @ A, dim=1)
         scale = m / norm
     dense = from_dense(weight)
-    y, z = reference.lora_linear(x, dense, None, A, B, None, scale, SCALING, 0.0)
+    y, z = reference.lora_linear(x, dense, None, A, B, mask, scale, SCALING, dropout)
     needs = reference.Needs(x=True, lora_A=True, lora_B=True, bias=False, out_scale=norm is not None)
-    grads = reference.lora_linear_backward(grad, x, dense, A, B, z, None, scale, None, y, SCALING, 0.0, needs)
+    grads = reference.lora_linear_backward(
+        grad, x, dense, A, B, z, mask, scale, None, y, SCALING, dropout, needs
+    )
     values = [y, grads.x, grads.lora_A, grads.lora_B]
     if norm is not None:
         values.append(grads.out_scale / norm)

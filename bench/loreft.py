@@ -33,10 +33,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import measure
 import torch
-from layers import DTYPES, to_nf4
-from lora_linear import append
+from peft_fast.bench import measure
+from peft_fast.bench.layers import DTYPES, to_nf4
+from peft_fast.bench.lora_linear import append
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 

@@ -12,7 +12,7 @@ import functools
 import gc
 import itertools
 import json
-import os
+import math
 import re
 import statistics
 import tempfile
@@ -23,10 +23,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read when torch loads: its profiler announces each start
-
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from peft_fast.formats import from_linear
@@ -36,6 +35,7 @@ Key = TypeVar("Key", bound=Hashable)
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 MIN_SAMPLES = 5
 FACTOR = 2.0
+PEER_ERROR = 0.02
 # For results that plain PyTorch hits exactly: one rounding of a half result, a few of an fp32 sum.
 FLOOR = {torch.float32: 2.0**-21, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
@@ -96,6 +96,14 @@ def exactness(name: str, got: Tensor, plain: Tensor, truth: Tensor) -> Exactness
     return errors
 
 
+def peer_exactness(name: str, got: Tensor, plain: Tensor, truth: Tensor) -> Exactness:
+    """The errors of a peer's result, which may be PEER_ERROR. Raises `Inexact`."""
+    errors = Exactness(relative_error(got, truth), relative_error(plain, truth))
+    if got.shape != truth.shape or not errors.error <= PEER_ERROR:
+        raise Inexact(f"{name}: relative error {errors.error:.2e} against fp64, allowed {PEER_ERROR}")
+    return errors
+
+
 class Timing(NamedTuple):
     """Milliseconds of a step: percentiles of forward + backward, and the median of each alone."""
 
@@ -137,7 +145,15 @@ def cache_flush(device: str, cache_bytes: int) -> Callable[[], object]:
 def interleaved(
     steps: Mapping[Key, Step], seconds: float, device: str, prepare: Callable[[Key], object]
 ) -> dict[Key, Timing]:
-    """The time of each step, taken in turns for about `seconds` and at least MIN_SAMPLES times.
+    """The time of each step; see `host_samples`."""
+    taken = host_samples(steps, seconds, device, prepare)
+    return {key: _summary(values) for key, values in taken.items()}
+
+
+def host_samples(
+    steps: Mapping[Key, Step], seconds: float, device: str, prepare: Callable[[Key], object]
+) -> dict[Key, list[tuple[float, float]]]:
+    """Milliseconds of (forward, backward) on the host's clock, in turns, at least MIN_SAMPLES of each step.
 
     Args:
         steps: each runs once before anything is timed.
@@ -156,7 +172,61 @@ def interleaved(
                 break
             for key, step in steps.items():
                 samples[key].append(_sample(step, functools.partial(prepare, key), wait))
-    return {key: _summary(values) for key, values in samples.items()}
+    return samples
+
+
+def device_samples(
+    steps: Mapping[Key, Step], seconds: float, flush: Callable[[], object]
+) -> dict[Key, list[tuple[float, float]]]:
+    """As `host_samples`, on a GPU's clock, between two events.
+
+    What the device is given before them lasts longer than the host needs to start a pass, as in training.
+    """
+    samples: dict[Key, list[tuple[float, float]]] = {key: [] for key in steps}
+    ahead = _flushes(max(_host_seconds(step) for step in steps.values()), flush)
+    deadline = time.perf_counter() + seconds
+    for taken in itertools.count():
+        if taken >= MIN_SAMPLES and time.perf_counter() >= deadline:
+            break
+        for key, step in steps.items():
+            step.drop_gradients()
+            marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+            ahead()
+            marks[0].record()
+            y = step.layer(step.x)
+            marks[1].record()
+            ahead()
+            marks[2].record()
+            y.backward(step.grad)
+            marks[3].record()
+            torch.cuda.synchronize()
+            samples[key].append((marks[0].elapsed_time(marks[1]), marks[2].elapsed_time(marks[3])))
+    return samples
+
+
+def _host_seconds(step: Step) -> float:
+    """What the host takes to start forward and backward, the device idle and kernels compiled."""
+    step.run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step.run()
+    return time.perf_counter() - start
+
+
+def _flushes(seconds: float, flush: Callable[[], object]) -> Callable[[], None]:
+    """As many flushes as keep the device busy for `seconds`."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    flush()
+    end.record()
+    torch.cuda.synchronize()
+    count = 1 + math.ceil(seconds / (1e-3 * start.elapsed_time(end)))
+
+    def ahead() -> None:
+        for _ in range(count):
+            flush()
+
+    return ahead
 
 
 def _nothing() -> None:
@@ -268,6 +338,18 @@ def _cuda_allocations(step: Step) -> tuple[int, None]:
     step.run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before, None
+
+
+def launches(step: Step, device: str) -> int | None:
+    """What a GPU is given to run in one forward and backward: kernels, copies and fills; None on a CPU."""
+    if device != "cuda":
+        return None
+    step.run()
+    step.drop_gradients()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        step.run()
+        torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
 
 
 def resident_growth(step: Step) -> int:

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import traffic
+from peft_fast.bench import traffic
+from peft_fast.bench.traffic import DEVICES, Device, Launch
 from peft_fast.triton_kernels import strategies
 from peft_fast.triton_kernels.strategies import NAMES, Case, Choice, Direction, Problem, Row, Table
-from traffic import DEVICES, Device, Launch
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))
 ROWS = (1, 16, 64, 128, 512, 2048, 4096, 8192)

@@ -20,7 +20,6 @@ import argparse
 import datetime
 import functools
 import itertools
-import math
 import statistics
 import sys
 import time
@@ -28,11 +27,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import layers
-import measure
 import torch
-from layers import Shape
-from measure import Step
+from peft_fast.bench import layers, measure
+from peft_fast.bench.layers import Shape
+from peft_fast.bench.measure import Step
 from peft_fast.triton_kernels import strategies
 from peft_fast.triton_kernels.strategies import Case, Problem, Row, Table
 from torch import Tensor, nn
@@ -49,7 +47,6 @@ ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 RANKS = (16, 64)
 SCALING, DROPOUT = 2.0, 0.1
 CHECKED = 256
-SAMPLES = 5
 
 
 class Kind(NamedTuple):
@@ -207,61 +204,13 @@ def timed(
 ) -> dict[str, tuple[float, float]]:
     """Median milliseconds of (forward, backward) of each step, in turns for about `seconds`."""
     if device == "cuda":
-        return _timed_by_events(steps, seconds, flush)
-    timings = measure.interleaved(steps, seconds, device, lambda name: flush())
-    return {name: (timing.forward, timing.backward) for name, timing in timings.items()}
-
-
-def _timed_by_events(
-    steps: dict[str, Step], seconds: float, flush: Callable[[], object]
-) -> dict[str, tuple[float, float]]:
-    """The device's time between two events; what it is given before them lasts longer than the host needs."""
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    ahead = _flushes(max(_host_seconds(step) for step in steps.values()), flush)
-    deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline or len(next(iter(samples.values()))) < SAMPLES:
-        for name, step in steps.items():
-            step.drop_gradients()
-            marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
-            ahead()
-            marks[0].record()
-            y = step.layer(step.x)
-            marks[1].record()
-            ahead()
-            marks[2].record()
-            y.backward(step.grad)
-            marks[3].record()
-            torch.cuda.synchronize()
-            samples[name].append((marks[0].elapsed_time(marks[1]), marks[2].elapsed_time(marks[3])))
+        samples = measure.device_samples(steps, seconds, flush)
+    else:
+        samples = measure.host_samples(steps, seconds, device, lambda name: flush())
     return {
         name: (statistics.median(f for f, _ in values), statistics.median(b for _, b in values))
         for name, values in samples.items()
     }
-
-
-def _host_seconds(step: Step) -> float:
-    """What the host takes to start forward and backward, the device idle and kernels compiled."""
-    step.run()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    step.run()
-    return time.perf_counter() - start
-
-
-def _flushes(seconds: float, flush: Callable[[], object]) -> Callable[[], None]:
-    """As many flushes as keep the device busy for `seconds`."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    flush()
-    end.record()
-    torch.cuda.synchronize()
-    count = 1 + math.ceil(seconds / (1e-3 * start.elapsed_time(end)))
-
-    def ahead() -> None:
-        for _ in range(count):
-            flush()
-
-    return ahead
 
 
 # -------------------------------------------------------------------------------------------------- tables

@@ -38,9 +38,8 @@ def _process_state():
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
-    return importlib.import_module("lora_linear")
+def bench():
+    return importlib.import_module("peft_fast.bench.lora_linear")
 
 
 def run(bench, tmp_path, *options: str) -> list[dict[str, str]]:
@@ -136,14 +135,14 @@ def test_resident_memory_is_measured_in_a_process_of_its_own(bench, tmp_path):
 
 
 def test_resident_memory_sees_what_torch_does_not_allocate(bench):
-    measure = importlib.import_module("measure")
+    measure = importlib.import_module("peft_fast.bench.measure")
     growth = measure.in_fresh_process(growth_with_foreign_scratch)
     assert 30 * 2**20 < growth < 48 * 2**20
 
 
 def growth_with_foreign_scratch() -> int:
     """Of a layer that fills 32 MiB of its own within the forward pass."""
-    measure = importlib.import_module("measure")
+    measure = importlib.import_module("peft_fast.bench.measure")
     layer = torch.nn.Identity()
     layer.register_forward_hook(lambda module, args, y: y * float(np.ones(2**23, np.float32)[0]))
     return measure.resident_growth(measure.Step(layer, torch.ones(4, requires_grad=True), torch.ones(4)))
@@ -174,7 +173,7 @@ def test_nothing_is_timed_after_a_wrong_result(bench, tmp_path, monkeypatch, wro
                 lora_B=corrupted(grads.lora_B, "dB"),
             )
 
-    measure = importlib.import_module("measure")
+    measure = importlib.import_module("peft_fast.bench.measure")
     monkeypatch.setitem(
         backends.BACKENDS, "reference", backends.BACKENDS["reference"]._replace(load=lambda: Corrupt)
     )
@@ -246,13 +245,15 @@ def test_runs_are_compared(bench, tmp_path, capsys):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
     folders = [str(tmp_path / name) for name in "ab"]
-    importlib.import_module("compare_runs").main([*folders, "--plot", str(tmp_path / "both.png")])
+    importlib.import_module("peft_fast.bench.compare_runs").main(
+        [*folders, "--plot", str(tmp_path / "both.png")]
+    )
     assert "0.0e+00 in the first 20 steps, 1.0e-03 in all 30" in capsys.readouterr().out
     assert (tmp_path / "both.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_norm_of_dora_is_measured(bench, tmp_path, capsys):
-    norm = importlib.import_module("dora_norm")
+    norm = importlib.import_module("peft_fast.bench.dora_norm")
     path = tmp_path / "norm.csv"
     norm.main(["--shape", "128", "64", "--rank", "4", "--seconds", "0", "--threads", "1", "--csv", str(path)])
     with path.open(newline="") as file:
@@ -273,13 +274,13 @@ def modules_restored():
     before = dict(sys.modules)
     yield
     for name in set(sys.modules) - set(before):
-        if name.partition(".")[0] in ("pyreft", "pyvene", "loreft"):
+        if name.partition(".")[0] in ("pyreft", "pyvene") or name == "peft_fast.bench.loreft":
             del sys.modules[name]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pyreft") is None, reason="pyreft, which it is compared with")
 def test_loreft_is_measured_beside_pyreft(bench, tmp_path, capsys, modules_restored):
-    loreft = importlib.import_module("loreft")
+    loreft = importlib.import_module("peft_fast.bench.loreft")
     tiny = ["--width", "64", "--blocks", "1", "--batch", "2", "--tokens", "24", "--rank", "4"]
     loreft.main([*tiny, "--seconds", "0", "--quant", "nf4", "--csv", str(tmp_path / "rows.csv")])
     with (tmp_path / "rows.csv").open(newline="") as file:

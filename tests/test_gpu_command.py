@@ -227,7 +227,7 @@ def test_the_report_of_nothing_is_a_report(load, tmp_path):
 def test_links_stand_in_for_an_installation(load, tmp_path):
     load("environment").link(tmp_path)
     script = (
-        "import peft_fast.bench.measure as m, peft_fast.triton_kernels as t\n"
+        "import peft_fast, peft_fast.bench.measure as m, peft_fast.triton_kernels as t\n"
         "print(peft_fast.__file__, m.__file__, t.__file__)"
     )
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}

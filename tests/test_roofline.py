@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,14 +17,13 @@ ROWS = (512, 1024, 2048, 4096, 8192)
 
 
 @pytest.fixture
-def roofline(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
-    return importlib.import_module("roofline")
+def roofline():
+    return importlib.import_module("peft_fast.bench.roofline")
 
 
 @pytest.fixture
 def traffic(roofline):
-    return importlib.import_module("traffic")
+    return importlib.import_module("peft_fast.bench.traffic")
 
 
 @pytest.fixture

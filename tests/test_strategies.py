@@ -361,7 +361,7 @@ def test_on_a_gpu_the_device_is_kept_busy_while_the_host_starts_a_step(tune, mon
     for direction in (0, 1):
         assert times["splitk"][direction] > 2 * times["library"][direction] > 0
     # A flush takes a millisecond, and each of two steps is flushed for before both of its directions.
-    flushes = (len(flushed) - 1) / (2 * 2 * tune.SAMPLES)
+    flushes = (len(flushed) - 1) / (2 * 2 * tune.measure.MIN_SAMPLES)
     assert flushes >= 1 + sum(times["splitk"]) / 2
 
 
