@@ -219,14 +219,15 @@ def weight_of(storage: str, N: int, K: int, dtype: torch.dtype) -> QuantizedWeig
 def lora_linear() -> Iterator[tuple[str, str, Callable[[], None]]]:
     """(operands, label, call) of forward and backward by each strategy."""
     for variant, strategy in itertools.product(VARIANTS, strategies.NAMES):
-        for M in ROWS[strategy]:
+        ranks = (32, 0) if variant == VARIANTS[0] else (32,)
+        for M, rank in itertools.product(ROWS[strategy], ranks):
             odd, dtype, adapter = variant.weight == "odd", DTYPES[variant.x], DTYPES[variant.adapter]
             if (odd or variant.out_scale) and strategy not in SPECIAL:
                 continue
             if variant.out_scale and strategy == "fused" and M < 4096:  # the tiles with the most registers
                 continue
-            M, N, K, R = (M - 1, 4095, 4090, 31) if odd else (M, 4096, 4096, 32)
-            mask = None if strategy == "merge" else tensor(M, (K + 7) // 8, dtype=torch.uint8)
+            M, N, K, R = (M - 1, 4095, 4090, 31) if odd else (M, 4096, 4096, rank)
+            mask = None if strategy == "merge" or R == 0 else tensor(M, (K + 7) // 8, dtype=torch.uint8)
             out_scale = tensor(N) if variant.out_scale else None
             weight = weight_of(variant.weight, N, K, dtype)
             problem = strategies.Problem(
@@ -250,7 +251,7 @@ def lora_linear() -> Iterator[tuple[str, str, Callable[[], None]]]:
                     grad, x, weight, A, B, z, mask, out_scale, *saved, 0.5, 0.1, needs, strategy=strategy
                 )
 
-            yield str(variant), f"{strategy} M={M}", call
+            yield str(variant), f"{strategy} M={M}" + " R=0" * (R == 0), call
 
 
 def dequantize() -> Iterator[tuple[str, str, Callable[[], None]]]:

@@ -174,6 +174,16 @@ def test_a_device_has_its_own_table_before_the_default(folder, monkeypatch):
     assert strategies.choose("forward", NF4, CPU) == "split"
 
 
+def test_what_is_predicted_nearby_goes_before_what_is_measured_far_away(folder, monkeypatch):
+    write(folder, row((None, "split")), row((None, "library"), K=512, N=512, R=256))
+    write(folder, row((None, "fused")), name="some-gpu.json")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
+    monkeypatch.setattr(strategies.target, "arch", lambda device: "sm_90")
+    device, small = torch.device("cuda", 0), NF4._replace(K=512, N=512, R=256)
+    assert strategies.choose("forward", small, device) == "library"
+    assert strategies.choose("forward", small._replace(K=4096, R=16), device) == "fused"
+
+
 def test_small_architectures_leave_main_loops_to_the_library(folder, monkeypatch):
     write(folder, row((512, "fused"), (None, "split")))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")

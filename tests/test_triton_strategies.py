@@ -131,6 +131,38 @@ def test_split_needs_the_whole_weight_in_its_scratch(small_limit):
     Case.make("nf4", (2,), 64, 100, 4).run("triton-split")  # one panel, which may exceed the limit
 
 
+@pytest.mark.parametrize("n_bytes", [0, -1, (1 << 20) - 1])
+def test_a_limit_too_small_is_refused(n_bytes):
+    before = scratch.limit()
+    with pytest.raises(ValueError, match="n_bytes: expected at least 1048576"):
+        scratch.set_limit(n_bytes)
+    assert scratch.limit() == before
+
+
+def test_the_limit_bounds_panels(monkeypatch):
+    monkeypatch.setitem(scratch._options, "limit", scratch.DEFAULT)
+    scratch.set_limit(2 << 20)
+    assert scratch.panels(1000, 4096) == [(0, 512), (512, 488)]
+    assert scratch.panels(300, 1 << 30) == [(0, 128), (128, 128), (256, 44)]
+    assert scratch.panels(0, 4096) == []
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs are a GPU's")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_graph_replays(strategy):
+    layer = LoRALinear.from_linear(
+        Linear4bit(512, 256, bias=False, quant_type="nf4").to(DEVICE), r=8, backend=f"triton-{strategy}"
+    )
+    x = torch.randn(32, 512, device=DEVICE)
+    expected = layer(x).detach().clone()  # compiles and tunes
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        y = layer(x)
+    torch.randn(1 << 22, device=DEVICE)
+    graph.replay()
+    torch.testing.assert_close(y, expected)
+
+
 # --------------------------------------------------------------------------------------------------- launches
 
 

@@ -55,8 +55,8 @@ def storable(t: Tensor) -> Tensor:
 def precision(device: torch.device, result: torch.dtype = torch.float32) -> str:
     """How kernels multiply fp32 operands: as `target.precision`, but by one TF32 product for a half result.
 
-    TF32 holds 11 bits, as float16 does: its error is a share of the low-rank term, less than what rounding
-    the result to half precision adds to the whole.
+    TF32 holds 11 bits, as float16 does, and `tiles.dot` rounds to it: what the low-rank term then lacks is no
+    more than what rounding the result to half precision takes from the whole.
     """
     exact = target.precision(target.arch(device))
     return "tf32" if exact == "tf32x3" and result != torch.float32 else exact

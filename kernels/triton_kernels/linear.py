@@ -60,11 +60,12 @@ def dx_kernel(
     i_row, i_col = grouped_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
     i_m, i_k = i_row * BLOCK_M, i_col * BLOCK_K
     b_dx = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for i_r in range(0, R, BLOCK_R):
-        b_dz = load_tile(p_dz, i_m, i_r, M, R, BLOCK_M, BLOCK_R)
-        b_a = load_tile(p_a, i_r, i_k, R, K, BLOCK_R, BLOCK_K)
-        b_dx = dot(b_dz, b_a, b_dx, PRECISION)
-    b_dx = drop_tile(b_dx * drop_scale, p_mask, i_m, i_k, M, K)
+    if p_dz is not None:
+        for i_r in range(0, R, BLOCK_R):
+            b_dz = load_tile(p_dz, i_m, i_r, M, R, BLOCK_M, BLOCK_R)
+            b_a = load_tile(p_a, i_r, i_k, R, K, BLOCK_R, BLOCK_K)
+            b_dx = dot(b_dz, b_a, b_dx, PRECISION)
+        b_dx = drop_tile(b_dx * drop_scale, p_mask, i_m, i_k, M, K)
     for i_n in tl.range(0, N, BLOCK_N, num_stages=None if ALIGNED else 1):
         b_g = load_tile(p_g, i_m, i_n, M, N, BLOCK_M, BLOCK_N)
         b_w = decode_tile(

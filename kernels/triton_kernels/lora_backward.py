@@ -15,7 +15,7 @@ from .dequantize import write_args
 from .launch import TL_DTYPES, empty, launch, precision, weight_args
 from .linear import dx_kernel, splitk_dx_kernel
 from .low_rank import da_kernel, sum_kernel, up_backward_kernel
-from .operands import Operands, borrowed, is_operand, panels, write_panel
+from .operands import Operands, panel, panels, scratch_for, write_panel
 
 
 class Sums(NamedTuple):
@@ -113,18 +113,18 @@ def main_loop(
     o: Operands, grad: Tensor, partials: Partials, d_A: Tensor | None, dx: Tensor, from_scratch: bool
 ) -> None:
     (M, N, K, R), device, dz = o.sizes, grad.device, partials.results.dz
-    with borrowed(o, (N, K), from_scratch and o.weight.format != "dense") as buffer:
-        add_partials(o, partials, buffer)
-        tensors, strides, decoding = weight_args(o.weight if buffer is None else from_dense(buffer))
-        block_m = configs.row_block(M, o.x, decoding["ALIGNED"])
-        rows = triton.cdiv(M, block_m)
-        launch(
-            dx_kernel, lambda meta: (rows * triton.cdiv(K, meta["BLOCK_K"]),), device,
-            grad, *tensors, o.lora_A, dz, o.dropout_mask, o.out_scale if buffer is None else None, dx,
-            M, N, K, R, *strides,
-            o.drop_scale,
-            PRECISION=precision(device, o.x.dtype), BLOCK_M=block_m, BLOCK_R=configs.RANK_STEP, **decoding,
-        )  # fmt: skip
+    buffer = panel(scratch_for(o, N * K), N, K) if from_scratch else None
+    add_partials(o, partials, buffer)
+    tensors, strides, decoding = weight_args(o.weight if buffer is None else from_dense(buffer))
+    block_m = configs.row_block(M, o.x, decoding["ALIGNED"])
+    rows = triton.cdiv(M, block_m)
+    launch(
+        dx_kernel, lambda meta: (rows * triton.cdiv(K, meta["BLOCK_K"]),), device,
+        grad, *tensors, o.lora_A, dz, o.dropout_mask, o.out_scale if buffer is None else None, dx,
+        M, N, K, R, *strides,
+        o.drop_scale,
+        PRECISION=precision(device, o.x.dtype), BLOCK_M=block_m, BLOCK_R=configs.RANK_STEP, **decoding,
+    )  # fmt: skip
     da(o, dz, d_A)
 
 
@@ -133,20 +133,22 @@ def library(
 ) -> Tensor:
     (_, N, K, R), dz = o.sizes, partials.results.dz
     accumulate = not merge and R > 0
-    for first, columns in panels(o, K, N):
-        with borrowed(o, (N, columns), not is_operand(o)) as buffer:
-            if first == 0:
-                add_partials(o, partials, buffer, merge)
-                da(o, dz, d_A, dx if accumulate else None)
-                dx = dx.to(o.x.dtype)
-            else:
-                write_panel(o, buffer, merge, first_column=first)
-            w = o.weight.weight if buffer is None else buffer.to(o.x.dtype)
-            part = dx[:, first : first + columns]
-            if accumulate:
-                part.addmm_(grad, w)
-            else:
-                torch.mm(grad, w, out=part)
+    parts = panels(o, K, N)
+    space = scratch_for(o, parts[0][1] * N)
+    for first, columns in parts:
+        buffer = panel(space, N, columns)
+        if first == 0:
+            add_partials(o, partials, buffer, merge)
+            da(o, dz, d_A, dx if accumulate else None)
+            dx = dx.to(o.x.dtype)
+        else:
+            write_panel(o, buffer, merge, first_column=first)
+        w = o.weight.weight if buffer is None else buffer.to(o.x.dtype)
+        part = dx[:, first : first + columns]
+        if accumulate:
+            part.addmm_(grad, w)
+        else:
+            torch.mm(grad, w, out=part)
     return dx
 
 

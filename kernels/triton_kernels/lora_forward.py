@@ -15,7 +15,7 @@ from .dequantize import write_args
 from .launch import empty, launch, precision, weight_args
 from .linear import linear_kernel, splitk_finish_kernel, splitk_linear_kernel
 from .low_rank import down_kernel
-from .operands import Operands, borrowed, is_operand, panels, write_panel
+from .operands import Operands, panel, panels, scratch_for, write_panel
 
 
 def splitk(o: Operands, bias: Tensor | None, y: Tensor, z: Tensor) -> None:
@@ -53,41 +53,43 @@ def main_loop(o: Operands, bias: Tensor | None, y: Tensor, z: Tensor, from_scrat
     rows, ranks = triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(R, block_r)
     split = configs.split(rows * ranks, triton.cdiv(K, tile["BLOCK_K"])) if N and R else 1
     partial = z if split == 1 else empty((split, M, R), torch.float32, device)
-    with borrowed(o, (N, K), from_scratch and o.weight.format != "dense") as buffer:
-        down(o, partial, tile, split, buffer, scaled=False)
-        if y.numel() == 0:
-            return
-        tensors, strides, decoding = weight_args(o.weight if buffer is None else from_dense(buffer))
-        block_m = configs.row_block(M, o.x, decoding["ALIGNED"])
-        rows = triton.cdiv(M, block_m)
-        launch(
-            linear_kernel, lambda meta: (rows * triton.cdiv(N, meta["BLOCK_N"]),), device,
-            o.x, *tensors, bias, o.lora_B, o.out_scale, partial, z, y,
-            M, N, K, R, *strides,
-            o.scaling,
-            SPLIT=split, PRECISION=precision(device, o.x.dtype), BLOCK_M=block_m, BLOCK_R=configs.RANK_STEP,
-            **decoding,
-        )  # fmt: skip
+    buffer = panel(scratch_for(o, N * K), N, K) if from_scratch and y.numel() else None
+    down(o, partial, tile, split, buffer, scaled=False)
+    if y.numel() == 0:
+        return
+    tensors, strides, decoding = weight_args(o.weight if buffer is None else from_dense(buffer))
+    block_m = configs.row_block(M, o.x, decoding["ALIGNED"])
+    rows = triton.cdiv(M, block_m)
+    launch(
+        linear_kernel, lambda meta: (rows * triton.cdiv(N, meta["BLOCK_N"]),), device,
+        o.x, *tensors, bias, o.lora_B, o.out_scale, partial, z, y,
+        M, N, K, R, *strides,
+        o.scaling,
+        SPLIT=split, PRECISION=precision(device, o.x.dtype), BLOCK_M=block_m, BLOCK_R=configs.RANK_STEP,
+        **decoding,
+    )  # fmt: skip
 
 
 def library(o: Operands, bias: Tensor | None, y: Tensor, z: Tensor, merge: bool) -> Tensor:
     (_, N, K, R), tile = o.sizes, configs.whole_rows(len(o.x), o.x)
     accumulate = not merge and R > 0
-    for first, rows in panels(o, N, K):
-        with borrowed(o, (rows, K), not is_operand(o)) as buffer:
-            if first == 0:
-                down(o, z, tile, 1, buffer, scaled=True, merge=merge, y=y if accumulate else None, bias=bias)
-                y = y.to(o.x.dtype)
-            else:
-                write_panel(o, buffer, merge, first_row=first)
-            w = o.weight.weight if buffer is None else buffer.to(o.x.dtype)
-            part = y[:, first : first + rows]
-            if accumulate:
-                part.addmm_(o.x, w.t())
-            elif bias is None:
-                torch.mm(o.x, w.t(), out=part)
-            else:
-                torch.addmm(bias[first : first + rows].to(y.dtype), o.x, w.t(), out=part)
+    parts = panels(o, N, K)
+    space = scratch_for(o, parts[0][1] * K)
+    for first, rows in parts:
+        buffer = panel(space, rows, K)
+        if first == 0:
+            down(o, z, tile, 1, buffer, scaled=True, merge=merge, y=y if accumulate else None, bias=bias)
+            y = y.to(o.x.dtype)
+        else:
+            write_panel(o, buffer, merge, first_row=first)
+        w = o.weight.weight if buffer is None else buffer.to(o.x.dtype)
+        part = y[:, first : first + rows]
+        if accumulate:
+            part.addmm_(o.x, w.t())
+        elif bias is None:
+            torch.mm(o.x, w.t(), out=part)
+        else:
+            torch.addmm(bias[first : first + rows].to(y.dtype), o.x, w.t(), out=part)
     return y
 
 

@@ -17,7 +17,8 @@
               dX0 = drop(dZ·A), and a GEMM of the library accumulates onto them
     merge     Ŵ + s·B·A in the scratch; a GEMM of the library is all of 2 resp. 3
 
-A scratch has a bound (`peft_fast.scratch`); a larger weight takes two more launches for each further panel.
+A scratch has a bound (`peft_fast.scratch`); a larger weight takes two more launches for each further panel,
+and a bias in another dtype than X one more, which rounds it, where the library adds it.
 
 With out_scale [N], Y = out_scale ⊙ (X·Ŵᵀ + s·Z·Bᵀ) + bias, scaled in the accumulator or in the scratch.
 G ⊙ out_scale, which takes the place of G in dZ, dB and dX, is not formed: out_scale multiplies the rows of B,

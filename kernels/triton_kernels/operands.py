@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor
@@ -14,7 +12,7 @@ from peft_fast.reference import dropout_scale
 
 from . import strategies
 from .dequantize import write
-from .launch import held
+from .launch import empty, held
 
 
 class Operands(NamedTuple):
@@ -52,20 +50,20 @@ def is_operand(o: Operands) -> bool:
 
 
 def panels(o: Operands, size: int, width: int) -> list[tuple[int, int]]:
-    """(first, count) of the rows or columns that pass through the scratch at a time, each `width` values."""
+    """(first, count) of the rows or columns that are decoded at a time, each of `width` values."""
     if is_operand(o):
         return [(0, size)] if size else []
     return scratch.panels(size, width * held(o.x.dtype).itemsize)
 
 
-@contextlib.contextmanager
-def borrowed(o: Operands, shape: tuple[int, int], wanted: bool) -> Iterator[Tensor | None]:
-    """A scratch as kernels hold it, or None where none is wanted."""
-    if not wanted:
-        yield None
-        return
-    with scratch.borrow(shape, held(o.x.dtype), o.x.device) as buffer:
-        yield buffer
+def scratch_for(o: Operands, size: int) -> Tensor | None:
+    """Room for `size` values of a decoded weight; None where a GEMM reads it as it is stored."""
+    return None if is_operand(o) else empty((size,), o.x.dtype, o.x.device)
+
+
+def panel(space: Tensor | None, rows: int, columns: int) -> Tensor | None:
+    """The first values of a scratch as a matrix."""
+    return None if space is None else space[: rows * columns].view(rows, columns)
 
 
 def write_panel(o: Operands, out: Tensor, merge: bool, **first: int) -> None:

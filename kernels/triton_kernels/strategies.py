@@ -3,13 +3,14 @@
     splitk    up to SPLITK_ROWS rows: Ŵ decoded in the loop, the reduction split between programs
     fused     Ŵ decoded in the main loop of a Triton GEMM, the low-rank term as more steps of it
     split     Ŵ decoded once a call to a reused scratch [N, K], which the same GEMM reads
-    library   the scratch of split; the low-rank term is written first, the library's GEMM adds to it
+    library   the scratch of split; the low-rank term is written first, in the dtype of X, and the library's
+              GEMM adds to it: in float16 that term alone must stay below 65504
     merge     scratch = out_scale ⊙ (Ŵ + s·B·A), rounded once; the library's GEMM is all that is left
 
 Forward and backward are chosen apart: Z [M, R] fp32, all that one hands to the other, is the same for each.
 
-`choose` reads `measured/<device>.json`, which bench/tune.py writes, and for devices and classes of problems
-without a row there `measured/default.json`, which bench/roofline.py predicts. A file is
+`choose` reads `measured/<device>.json`, which bench/tune.py writes, and for devices, classes of problems and
+sizes without a row near there `measured/default.json`, which bench/roofline.py predicts. A file is
 
     {"device": name, "source": "measured" | "predicted", "versions": {package: version}, "date": day or null,
      "rows": [{"direction": "forward" | "backward", "format": "packed" | "dense", "dtype": "half" | "fp32",
@@ -41,6 +42,7 @@ NAMES = ("splitk", "fused", "split", "library", "merge")
 FALLBACKS = ("merge", "library", "split", "fused")  # the last runs everything
 MAIN_LOOPS = ("fused", "split")
 SPLITK_ROWS = 128
+FAR = 4.0
 MEASURED = Path(__file__).parent / "measured"
 DEFAULT = "default.json"
 
@@ -158,14 +160,16 @@ def case_of(direction: str, problem: Problem) -> Case:
     )
 
 
+def distance(row: Row, N: int, K: int, R: int) -> float:
+    """|log2| from N, K and R together."""
+    pairs = ((row.N, N), (row.K, K), (row.R, R))
+    return sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in pairs)
+
+
 def nearest(table: Table, case: Case, N: int, K: int, R: int) -> Row | None:
-    """The row of this class with the least |log2| from N, K and R together; None where the class has none."""
-
-    def distance(row: Row) -> float:
-        pairs = ((row.N, N), (row.K, K), (row.R, R))
-        return sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in pairs)
-
-    return min((row for row in table.rows if row.case == case), key=distance, default=None)
+    """The row of this class with the least distance; None where the class has none."""
+    rows = (row for row in table.rows if row.case == case)
+    return min(rows, key=lambda row: distance(row, N, K, R), default=None)
 
 
 def path_of(device: str) -> Path:
@@ -319,8 +323,13 @@ def _ranges(
         files.insert(0, path_of(torch.cuda.get_device_name(index)))
     tables = [table for table in map(_table, files) if table is not None]
     case = case_of(direction, problem)
-    found = (nearest(table, case, problem.N, problem.K, problem.R) for table in tables)
-    row = next((row for row in found if row is not None), None)
+    sizes = problem.N, problem.K, problem.R
+    found = [nearest(table, case, *sizes) for table in tables]
+    rows = [row for row in found if row is not None]
+    row = rows[0] if rows else None
+    # What was measured far away says less than what is predicted nearby.
+    if len(rows) > 1 and distance(rows[0], *sizes) > distance(rows[1], *sizes) + FAR:
+        row = rows[1]
     small = device_type == "cuda" and target.is_small(target.arch(torch.device(device_type, index)))
     return ranges(row, problem, small)
 

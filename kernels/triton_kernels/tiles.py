@@ -121,12 +121,19 @@ def bfloat16_terms(b):
 
 
 @triton.jit
+def round_to_tf32(b):
+    """An fp32 tile whose dropped bits round: tensor cores cut them off, which shrinks every product."""
+    b_bits = b.to(tl.uint32, bitcast=True) + 0x1000
+    return tl.where(b == b, b_bits.to(tl.float32, bitcast=True), b)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a·b with fp32-class accuracy.
 
     Operands of one half dtype go to the tensor cores as they are. An fp32 operand beside a bfloat16 one is
-    taken apart into three bfloat16 terms, which hold its 24 bits. Any other pair is multiplied as fp32:
-    PRECISION is "tf32x3" (three TF32 products) or "ieee".
+    taken apart into three bfloat16 terms, which hold its 24 bits. Any other pair is multiplied as fp32, in
+    the way of PRECISION: "tf32" holds 11 bits of an operand, all others (`target.precision`) its 24.
     """
     if a.dtype == b.dtype and a.dtype != tl.float32:
         return tl.dot(a, b, acc)
@@ -136,6 +143,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     elif a.dtype == tl.float32 and b.dtype == tl.bfloat16:
         high, middle, low = bfloat16_terms(a)
         return tl.dot(high, b, tl.dot(middle, b, tl.dot(low, b, acc)))
+    elif PRECISION == "tf32":
+        a, b = round_to_tf32(a.to(tl.float32)), round_to_tf32(b.to(tl.float32))
+        return tl.dot(a, b, acc, input_precision="tf32")
     else:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
 
