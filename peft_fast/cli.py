@@ -1,4 +1,4 @@
-"""The command `peft-fast`: its options come from `TrainConfig`, its work from `train` and `info`.
+"""The command `peft-fast`: its options come from `TrainConfig`, its work from the modules that commands name.
 
 Errors that a user can act on are one line on stderr and exit code 2; heavy imports wait until needed.
 """
@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import typing
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,12 @@ from .errors import BackendUnavailable, UnsupportedLayer, UnsupportedWeight
 
 USER_ERRORS = (BackendUnavailable, UnsupportedLayer, UnsupportedWeight, ValueError, TypeError, OSError)
 
+SIZING = (
+    "method", "quant", "dtype", "r", "dropout", "target_modules",
+    "positions", "layers", "component", "share_weights", "stock",
+)  # fmt: skip
+"""The options of a job that its memory depends on."""
+
 app = typer.Typer(
     help="Fast parameter-efficient fine-tuning on 4-bit weights.",
     no_args_is_help=True,
@@ -28,51 +35,121 @@ app = typer.Typer(
 )
 
 
-def train(config_file: Path | None, **flags: Any) -> None:
+def _with_options(names: Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Adds a flag for each of these fields of `TrainConfig` to the signature of a command with **flags.
+
+    A flag that was not given is None.
+    """
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        own = typing.get_type_hints(command, include_extras=True)
+        parameters = [
+            parameter.replace(annotation=own[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in inspect.signature(command).parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        parameters += [_flag(name) for name in names]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return add
+
+
+def _flag(name: str) -> inspect.Parameter:
+    field = config.OPTIONS[name]
+    kind, _ = config.base_type(typing.get_type_hints(config.TrainConfig)[name])
+    flag = "--" + name.replace("_", "-")
+    choices = field.metadata["choices"]
+    option = typer.Option(
+        f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
+        help=field.metadata["help"],
+        show_default=str(field.default) if field.default not in (None, False) else False,
+        metavar="|".join(choices) if choices and len(choices) > 1 else None,
+    )
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword, default=None, annotation=Annotated[kind | None, option])
+
+
+@app.command()
+@_with_options(config.OPTIONS)
+def train(
+    config_file: Annotated[
+        Path | None,
+        typer.Option("--config", help="YAML file with any of the options below.", show_default=False),
+    ] = None,
+    **flags: Any,
+) -> None:
     """Fine-tune a model. Flags win over --config, which wins over the defaults.
 
     With no options: a pretrained MiniLM in NF4, LoRA on all of its linear layers, and the question whether
     two adjacent words of a sentence were swapped; under two minutes on two CPU cores.
     """
     options = config.resolve(flags, config_file)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every input is a local file
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of missing kernels when imported
+    _prepare_libraries()
     from .train import train
 
     train(options)
 
 
-def _signature() -> inspect.Signature:
-    """The signature of `train`: --config, and a flag for each field of `TrainConfig`."""
-    file_option = typer.Option(
-        "--config", help="YAML file with any of the options below.", show_default=False
+def _prepare_libraries() -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every input is a local file
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of missing kernels when imported
+
+
+@app.command()
+@_with_options(SIZING)
+def estimate(
+    model: Annotated[Path, typer.Option(help="A config.json of transformers, or the folder with one.")],
+    batch: Annotated[int, typer.Option(help="Sequences in a step.")],
+    seq: Annotated[int, typer.Option(help="Tokens in a sequence.")],
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="causal-lm or classification.", show_default="classification for encoders, else causal-lm"
+        ),
+    ] = None,
+    labels: Annotated[int, typer.Option(help="Classes of a classification.")] = 2,
+    padding: Annotated[
+        bool | None,
+        typer.Option(
+            "--padding/--no-padding",
+            help="Whether sequences are padded, so that attention gets a mask.",
+            show_default="in a classification",
+        ),
+    ] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Run each block again in the backward pass.")
+    ] = False,
+    optimizer: Annotated[str, typer.Option(help="adamw or sgd.")] = "adamw",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda if any")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,
+    **flags: Any,
+) -> None:
+    """Tell the memory that training a model will take, without its weights."""
+    _prepare_libraries()
+    from . import estimate as sizing
+
+    found = sizing.estimate(
+        model,
+        batch=batch,
+        seq=seq,
+        task=task,
+        labels=labels,
+        padding=padding,
+        checkpointing=checkpointing,
+        optimizer=optimizer,
+        device=device,
+        **{name: value for name, value in flags.items() if value is not None},
     )
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter(
-            "config_file", keyword, default=None, annotation=Annotated[Path | None, file_option]
-        )
-    ]
-    hints = typing.get_type_hints(config.TrainConfig)
-    for name, field in config.OPTIONS.items():
-        kind, _ = config.base_type(hints[name])
-        flag = "--" + name.replace("_", "-")
-        choices = field.metadata["choices"]
-        option = typer.Option(
-            f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
-            help=field.metadata["help"],
-            show_default=str(field.default) if field.default not in (None, False) else False,
-            metavar="|".join(choices) if choices and len(choices) > 1 else None,
-        )
-        parameters.append(
-            inspect.Parameter(name, keyword, default=None, annotation=Annotated[kind | None, option])
-        )
-    return inspect.Signature(parameters)
+    if as_json:
+        import json
 
+        typer.echo(json.dumps(found.as_dict(), indent=1))
+    else:
+        from rich.console import Console
 
-train.__signature__ = _signature()  # type: ignore[attr-defined]
-train.__annotations__ = {p.name: p.annotation for p in train.__signature__.parameters.values()}  # type: ignore[attr-defined]
-app.command()(train)
+        Console().print(sizing.table(found, f"{model}, {batch} x {seq} tokens"))
 
 
 @app.command()
@@ -96,6 +173,38 @@ def info(
 
         information.show(Console(), outcomes)
     if outcomes is not None and any(outcome.failure is not None for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    filters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--filter",
+            help="Words that each match a label of a case, as 'lora MiniLM-L6.* R=16 M=1,M=512'; repeatable.",
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few cases, in under a minute.")] = False,
+    providers: Annotated[
+        str | None,
+        typer.Option(help="Names with commas; ours[NAME] is a backend of ours.", show_default="all"),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="a GPU if any")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of a CPU.", show_default="torch's")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Of timing for each case.", show_default="4, 1 with --quick")
+    ] = None,
+    again: Annotated[bool, typer.Option("--aa", help="Time every provider against itself.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="File to append to.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Print the cases, run none.")] = False,
+) -> None:
+    """Time adapted layers beside peers and the frozen dense layer; exit code 1 when one is not exact."""
+    _prepare_libraries()
+    from .bench import show
+
+    exact = show.command(filters or (), quick, providers, device, threads, seconds, again, csv, listed)
+    if not exact:
         raise typer.Exit(1)
 
 

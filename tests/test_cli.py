@@ -123,11 +123,12 @@ def test_info_as_json(monkeypatch, capsys):
     assert found["versions"]["torch"] == torch.__version__ or found["versions"]["torch"] in torch.__version__
     assert "cpu" in found["devices"]
     assert "self_test" not in found
-    rows = {(r["backend"], r["device"], r["format"], r["dtype"]): r["reason"] for r in found["backends"]}
-    assert rows["reference", "cpu", "nf4", "bfloat16"] is None
+    keys = ("op", "backend", "device", "format", "dtype")
+    rows = {tuple(r[key] for key in keys): r["reason"] for r in found["backends"]}
+    assert rows["lora_linear", "reference", "cpu", "nf4", "bfloat16"] is None
     assert {r["backend"] for r in found["backends"]} == set(backends.BACKENDS)
-    for (backend, device, format, dtype), reason in rows.items():
-        assert reason == backends.availability("lora_linear", format, device, getattr(torch, dtype))[backend]
+    for (op, backend, device, format, dtype), reason in rows.items():
+        assert reason == backends.availability(op, format, device, getattr(torch, dtype))[backend]
 
 
 def test_info_says_why_a_backend_is_missing(monkeypatch, capsys):
