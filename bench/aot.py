@@ -28,7 +28,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aot_cases import TARGETS, Case, cases, source
+from peft_fast.bench.aot_cases import TARGETS, Case, cases, source
 
 # isort: split
 import torch

@@ -135,5 +135,5 @@ def _loreft(step: Step, weight: Tensor) -> tuple[Results, Results, Results]:
         values = (y.detach(), dx, dv, db, rotation)
         defined.append(dict(zip(("y", "dX", "dV", "db", "drotation"), values, strict=True)))
     y = step.run().detach()
-    values = (y, step.x.grad, edit.source.grad, edit.bias.grad, edit.rotation.grad)
-    return (*defined, dict(zip(defined[0], values, strict=True)))
+    got = (y, step.x.grad, edit.source.grad, edit.bias.grad, edit.rotation.grad)
+    return defined[0], defined[1], dict(zip(defined[0], got, strict=True))

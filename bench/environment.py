@@ -2,7 +2,6 @@
 
     python bench/environment.py install --out DIR     build the C++ extension, make peft_fast importable
     python bench/environment.py self-test --out DIR   what is here, each automatic backend against fp64
-    python bench/environment.py adopt --out DIR       DIR/strategies.json, of bench/tune.py, for this device
 
 Nothing that is there is installed again, and nothing is downloaded: the build runs without isolation and
 without dependencies. bitsandbytes comes from $BITSANDBYTES_WHEEL or from `wheels/`, if it is missing. Where
@@ -13,14 +12,17 @@ on PYTHONPATH has all but the C++ kernels.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = ("bitsandbytes", "peft", "accelerate", "transformers", "pytest", "matplotlib", "rich", "typer",
@@ -32,6 +34,26 @@ def write(path: Path, text: str) -> None:
     unfinished = path.with_name(f"{path.name}.tmp")
     unfinished.write_text(text)
     unfinished.replace(path)
+
+
+@contextlib.contextmanager
+def child(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a group of its own, which ends with the block: asked first, so that pytest reports."""
+    # A group, not a session: whoever ends this session ends the children too.
+    process = subprocess.Popen(command, preexec_fn=os.setpgrp, **options)  # noqa: PLW1509, one thread
+    try:
+        yield process
+    finally:
+        for ending in (signal.SIGINT, signal.SIGTERM):
+            if process.poll() is not None:
+                break
+            os.killpg(process.pid, ending)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=5)
+        with contextlib.suppress(ProcessLookupError):  # what it left behind
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
 
 
 def installed(package: str) -> bool:
@@ -63,11 +85,12 @@ def pip(*options: str, seconds: float) -> bool:
     """Whether `pip install` with these options succeeded in time; its output is printed."""
     command = [sys.executable, "-m", "pip", "install", "--no-deps", *options]
     print(" ".join(command), flush=True)
-    try:
-        return subprocess.run(command, check=False, timeout=seconds).returncode == 0
-    except subprocess.TimeoutExpired:
-        print(f"not done after {seconds:.0f} s", flush=True)
-        return False
+    with child(command) as process:
+        try:
+            return process.wait(timeout=seconds) == 0
+        except subprocess.TimeoutExpired:
+            print(f"not done after {seconds:.0f} s", flush=True)
+            return False
 
 
 def link(folder: Path) -> None:
@@ -125,24 +148,7 @@ def self_test(out: Path, seconds: float) -> int:
     return 1 if failed else 0
 
 
-def adopt(out: Path, seconds: float) -> int:
-    """Makes the measured strategies those that are chosen by on this GPU; the exit code."""
-    from peft_fast.triton_kernels import strategies
-
-    from peft_fast import info
-
-    measured = out / "strategies.json"
-    if not measured.exists():
-        print(f"{measured}: expected the file that bench/tune.py writes, got none")
-        return 1
-    strategies.load(measured)
-    target = strategies.path_of(info.device_name("cuda"))
-    write(target, measured.read_text())
-    print(f"{target}: the measured table is in use")
-    return 0
-
-
-STEPS = {"install": install, "self-test": self_test, "adopt": adopt}
+STEPS = {"install": install, "self-test": self_test}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

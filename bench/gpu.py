@@ -11,7 +11,7 @@ packages are missing is skipped, and a peer that is missing is left out of a tab
     self_test    every backend on small problems               environment.py, DIR/info.json
     tests        every test that concerns the GPU              pytest, DIR/tests.xml
     sanity       each strategy at a real shape, against fp64   sanity.py, DIR/sanity.json
-    tune         times the strategies, adopts the table        tune.py, DIR/strategies.json
+    tune         times the strategies, each is used at once    tune.py, DIR/strategies.json
     lora_linear  against frozen dense and peers; memory        lora_linear.py, DIR/lora_linear.csv
     end_to_end   a training step of a Llama-shaped model       end_to_end.py, DIR/end_to_end.csv
     loreft       LoReFT over the frozen model                  loreft.py, DIR/loreft.csv
@@ -37,20 +37,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 if __package__:
-    from peft_fast.bench.environment import ROOT, installed, write
+    from peft_fast.bench.environment import ROOT, child, installed, write
 else:  # before peft_fast is installed
-    from environment import ROOT, installed, write
+    from environment import ROOT, child, installed, write
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "unsloth", "liger_kernel")
 TESTS = (
-    "test_strategies", "test_triton_strategies", "test_scratch", "test_dequantize", "test_triton", "test_ops",
+    "test_strategies", "test_tune", "test_triton_strategies", "test_dequantize", "test_triton", "test_ops",
     "test_formats", "test_out_scale", "test_triton_loreft", "test_loreft", "test_dora", "test_modules",
 )  # fmt: skip
+# Those that run without bitsandbytes, on which the fixtures that others share depend.
+ALONE = ("test_strategies", "test_tune", "test_roofline")
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))
 TINY = ("--shape", 64, 64, "--rank", 4)
 REPORT_SECONDS = 20.0
@@ -68,10 +70,10 @@ class Plan(NamedTuple):
     def script(self, name: str, *options: object) -> list[str]:
         return [sys.executable, str(ROOT / "bench" / name), *map(str, options)]
 
-    def sound(self) -> list[str]:
-        """The strategies that `sanity` found right; none before it ran."""
+    def sound(self, dtype: str) -> list[str] | None:
+        """The backends that `sanity` found right; None where it did not run."""
         path = self.out / "sanity.json"
-        return json.loads(path.read_text())["sound"] if path.exists() else []
+        return json.loads(path.read_text())["sound"].get(dtype, []) if path.exists() else None
 
 
 # -------------------------------------------------------------------------------------------------- sections
@@ -87,9 +89,12 @@ def self_test(plan: Plan, seconds: float) -> Commands:
 
 def tests(plan: Plan, seconds: float) -> Commands:
     """In several processes where pytest-xdist is installed: most of the time goes to compiling kernels."""
-    names = ("test_strategies",) if plan.quick else TESTS
-    files = [str(ROOT / "tests" / f"{name}.py") for name in names]
     options = ["-q", "-p", "no:cacheprovider", "--tb=short", "--continue-on-collection-errors"]
+    names = ("test_strategies",) if plan.quick else TESTS
+    if not installed("bitsandbytes"):
+        names = ALONE
+        options.append("--noconftest")
+    files = [str(ROOT / "tests" / f"{name}.py") for name in names]
     if installed("xdist") and not plan.quick:
         options += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
     return [[sys.executable, "-m", "pytest", *options, f"--junitxml={plan.out / 'tests.xml'}", *files]]
@@ -97,27 +102,31 @@ def tests(plan: Plan, seconds: float) -> Commands:
 
 def sanity(plan: Plan, seconds: float) -> Commands:
     tiny = (*TINY, "--rows", 5, "--dtype", "float32")
-    options = tiny if plan.quick else ("--rows", 1, 16, 512, 4096)
-    return [plan.script("sanity.py", "--device", plan.device, *options, "--json", plan.out / "sanity.json")]
+    options = tiny if plan.quick else ("--rows", 4096, 16, 512, 1)
+    shared = ("--device", plan.device, "--seconds", 0.85 * seconds, "--json", plan.out / "sanity.json")
+    return [plan.script("sanity.py", *shared, *options)]
 
 
 def tune(plan: Plan, seconds: float) -> Commands:
+    """On a GPU straight to the table that is chosen by; many tokens and few first, for it may be cut."""
     tiny = (*TINY, "--rows", 5, "--case", "packed-half", "--cache-mib", 1, "--per-row", 0)
-    options = tiny if plan.quick else ("--per-row", 1)
-    table = plan.out / "strategies.json"
-    found = [
-        plan.script("tune.py", "--device", plan.device, "--seconds", 0.8 * seconds, "--out", table, *options)
-    ]
-    if plan.device == "cuda":
-        found.append(plan.script("environment.py", "adopt", "--out", plan.out))
-    return found
+    options = tiny if plan.quick else ("--per-row", 1, "--rows", 8192, 16, 2048, 1, 512, 64, 128)
+    table = ("--copy" if plan.device == "cuda" else "--out", plan.out / "strategies.json")
+    return [plan.script("tune.py", "--device", plan.device, "--seconds", 0.8 * seconds, *table, *options)]
 
 
 def lora_linear(plan: Plan, seconds: float) -> Commands:
     """A process for each shape, so that rows of the first are there whatever becomes of the next."""
     csv = plan.out / "lora_linear.csv"
     shared = ("--device", plan.device, "--csv", csv)
-    ours = ("--method", "lora", "dora", "--backend", "auto", *plan.sound())
+    sound = plan.sound("float32" if plan.quick else "bfloat16")
+    # On a GPU "auto" is "triton", and one wrong backend keeps a shape from being timed.
+    automatic = sound is None or "triton" in sound or plan.device == "cpu"
+    backends = [*(["auto"] if automatic else []), *(sound or [])]
+    peers = ["peft"] if installed("peft") and installed("bitsandbytes") else []
+    ours = ("--method", "lora", "dora", *(["--backend", *backends] if backends else []))
+    if not backends:
+        ours = (*ours, "--providers", "dense", *peers)
     if plan.quick:
         tiny = (*TINY, "--rows", 5, "--dtype", "float32", "--seconds", 0, "--threads", 1, "--no-cold")
         return [plan.script("lora_linear.py", *shared, *ours, *tiny)]
@@ -158,7 +167,8 @@ def roofline(plan: Plan, seconds: float) -> Commands:
     if plan.device == "cuda" and csv.exists():
         options += ["--measured", csv]
     if plan.device == "cuda" and info.exists():
-        options += ["--device", json.loads(info.read_text())["devices"]["cuda:0"].partition(",")[0]]
+        name = json.loads(info.read_text())["devices"].get("cuda:0", "no GPU").partition(",")[0]
+        options += ["--device", name, "--or-default"]
     return [
         plan.script("roofline.py", *options, *flags, "--csv", plan.out / f"predicted_{method}.csv")
         for method, flags in (("lora", ()), ("dora", ("--dora",)))
@@ -168,7 +178,8 @@ def roofline(plan: Plan, seconds: float) -> Commands:
 class Section(NamedTuple):
     """Its share of the time in seconds, the least that is worth a start, and the packages it is made of.
 
-    A command may take what is left of the section's time, or with `divided` an even part of that.
+    A command may take what is left of the section's time, or with `divided` an even part of that. The files
+    in `anew` are deleted first, so that none of an earlier run is taken for this one's.
     """
 
     commands: Callable[[Plan, float], Commands]
@@ -176,13 +187,14 @@ class Section(NamedTuple):
     least: float
     needs: tuple[str, ...]
     divided: bool = False
+    anew: tuple[str, ...] = ()
 
 
 SECTIONS: dict[str, Section] = {
     "install": Section(install, 100, 1, ("torch",)),
     "self_test": Section(self_test, 40, 10, ("torch",)),
-    "tests": Section(tests, 150, 20, ("torch", "pytest", "bitsandbytes")),
-    "sanity": Section(sanity, 60, 10, ("torch", "triton")),
+    "tests": Section(tests, 150, 20, ("torch", "pytest"), anew=("tests.xml",)),
+    "sanity": Section(sanity, 80, 10, ("torch", "triton"), anew=("sanity.json",)),
     "tune": Section(tune, 90, 20, ("torch", "triton")),
     "lora_linear": Section(lora_linear, 180, 20, ("torch",), divided=True),
     "end_to_end": Section(end_to_end, 80, 20, ("torch", "transformers")),
@@ -222,6 +234,7 @@ def environment(plan: Plan) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    found.pop("TRITON_INTERPRET", None)
     if plan.device == "cpu":
         found["TRITON_INTERPRET"] = "1"
     stand_in = plan.out / "path"
@@ -230,26 +243,12 @@ def environment(plan: Plan) -> dict[str, str]:
     return found
 
 
-@contextlib.contextmanager
-def child(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a group of its own, which ends with the block: asked first, so that pytest reports."""
-    # A group, not a session: whoever ends this session ends the children too.
-    process = subprocess.Popen(command, preexec_fn=os.setpgrp, **options)  # noqa: PLW1509, one thread
-    try:
-        yield process
-    finally:
-        for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-            if process.poll() is not None:
-                break
-            os.killpg(process.pid, ending)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=5)
-
-
 def run(name: str, plan: Plan, limit: float) -> Outcome:
     """Runs the commands of a section, all of them even if one fails, for at most `limit` seconds."""
     start, codes = time.monotonic(), []
     commands = SECTIONS[name].commands(plan, limit)
+    for stale in SECTIONS[name].anew:
+        (plan.out / stale).unlink(missing_ok=True)
     log = plan.out / f"{name}.log"
     with log.open("wb") as file:
         for i, command in enumerate(commands):
@@ -309,7 +308,10 @@ def sees_gpu() -> bool:
 
 def report(plan: Plan) -> None:
     with child(plan.script("report.py", "--out", plan.out), cwd=plan.out, env=environment(plan)) as process:
-        process.wait(timeout=REPORT_SECONDS)
+        try:
+            process.wait(timeout=REPORT_SECONDS)
+        except subprocess.TimeoutExpired:
+            print(f"report.py: not done after {REPORT_SECONDS:.0f} s", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

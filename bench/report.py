@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 
 if __package__:
     from peft_fast.bench.environment import installed
+    from peft_fast.bench.gpu import ALONE, TESTS
 else:  # before peft_fast is installed
     from environment import installed
+    from gpu import ALONE, TESTS
 
 Table = list[dict[str, str]]
 PEERS = ("peft", "unsloth")
@@ -183,14 +185,28 @@ class Layers:
 
 
 def tests(path: Path) -> str:
-    """What pytest counted."""
+    """What pytest counted, and what was not run."""
     if not path.exists():
         return "not run"
-    suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
+    try:
+        suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
+    except ElementTree.ParseError as error:
+        return f"{path.name} is unfinished ({error})"
     names = ("tests", "failures", "errors", "skipped")
     ran, *others = (sum(int(suite.get(name, 0)) for suite in suites) for name in names)
     counts = ", ".join(f"{count} {name}" for count, name in zip(others, names[1:], strict=True))
-    return f"{ran - sum(others)} passed, {counts}"
+    left_out = [] if installed("bitsandbytes") else [name for name in TESTS if name not in ALONE]
+    why = f"; left out, for bitsandbytes is not installed: {', '.join(left_out)}" if left_out else ""
+    return f"{ran - sum(others)} passed, {counts}{why}"
+
+
+def sanity(content: Any) -> list[str]:
+    """By dtype the backends that bench/sanity.py found sound, and each that was wrong; nothing of None."""
+    if content is None:
+        return []
+    found = [f"- sound in {dtype}: {', '.join(names) or 'none'}" for dtype, names in content["sound"].items()]
+    wrong = dict.fromkeys((cell["backend"], cell["dtype"]) for cell in content["cells"] if cell["wrong"])
+    return [*found, *(f"- WRONG in {dtype}: {backend}" for backend, dtype in wrong)]
 
 
 def liger() -> str:
@@ -242,7 +258,7 @@ def page(out: Path) -> tuple[list[str], list[str]]:
     aims = table(["goal", "bound", "measured", "met"], goals) if goals else []
     lines = ["# GPU report", "", *(f"- {name}: {what}" for name, what in devices.items())]
     lines += [f"- {', '.join(packages) or 'versions: the self-test has not run'}", f"- {liger()}"]
-    lines += [f"- tests: {tests(out / 'tests.xml')}", "", *status]
+    lines += [f"- tests: {tests(out / 'tests.xml')}", *sanity(load(out / "sanity.json")), "", *status]
     if aims:
         lines += ["", "## Goals", "", *aims]
     if layers:

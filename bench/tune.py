@@ -4,11 +4,12 @@ For each class of problems, shape and rank, at each number of rows M, the op run
 "triton-<strategy>". Results are compared with fp64 first (`measure.exactness`, of Y and dX up to CHECKED
 rows). Then forward and backward are timed apart, strategies in turns, with caches overwritten before each.
 On a GPU the times are the device's: the host is ahead of it, as in a training step. A strategy that is not
-exact or cannot run is left out, named at the end, and makes the exit status 1.
+exact, does not compile or cannot run is left out, named at the end, and makes the exit status 1.
 
-Rows that the file has are kept, so a run that was cut short goes on where it stopped; the classes that matter
-most come first, and none is begun after --seconds. Without a GPU, set TRITON_INTERPRET=1 and name --out: such
-times say nothing about any GPU.
+The table is written after each M, and the times beside it, to <table>.times.json: a row holds the choices for
+the M timed so far. Rows that are complete, and M that were timed, are kept, so a run that was cut short goes
+on where it stopped; the classes that matter most come first, and no M is begun after --seconds. Without a
+GPU, set TRITON_INTERPRET=1 and name --out: such times say nothing about any GPU.
 
     python bench/tune.py --seconds 120
     python bench/tune.py --shape 4096 4096 --rank 16 64 --case packed-half dense-half-out_scale --redo
@@ -20,6 +21,8 @@ import argparse
 import datetime
 import functools
 import itertools
+import json
+import os
 import statistics
 import sys
 import time
@@ -29,6 +32,7 @@ from typing import NamedTuple
 
 import torch
 from peft_fast.bench import layers, measure
+from peft_fast.bench.environment import write
 from peft_fast.bench.layers import Shape
 from peft_fast.bench.measure import Step
 from peft_fast.triton_kernels import strategies
@@ -37,7 +41,6 @@ from torch import Tensor, nn
 
 import peft_fast.autograd  # noqa: F401, registers the formula of the op
 from peft_fast import reference
-from peft_fast.errors import BackendUnavailable
 from peft_fast.formats import QuantizedWeight, from_dense, from_linear
 from peft_fast.info import device_name, versions
 from peft_fast.reference import Needs
@@ -181,7 +184,7 @@ def check(fixed: Fixed, names: Sequence[str]) -> Iterator[tuple[str, str | None]
                 measure.exactness(f"{name}: {what}", value, plain[what], truth[what])
             if fixed.out_scale is not None:
                 _check_scale(f"{name}: dout_scale", step.layer.out_scale.grad, fixed.out_scale, fixed.grad, y)
-        except (measure.Inexact, BackendUnavailable, torch.OutOfMemoryError) as error:
+        except Exception as error:  # a kernel that does not compile, say; the other strategies still run
             yield name, f"{type(error).__name__}: {error}"
         else:
             yield name, None
@@ -219,33 +222,41 @@ def timed(
 make_operands = functools.lru_cache(maxsize=len(SHAPES))(layers.make_operands)
 
 
+Times = dict[str, dict[str, tuple[float, float]]]
+"""By M, as JSON has keys, and strategy: milliseconds of forward and of backward."""
+
+
 def tune(
-    kind: Kind, shape: Shape, rows: Sequence[int], seconds: float, flush: Callable[[], object]
-) -> tuple[list[Row], list[str]]:
-    """(the rows of both directions, of those in which anything ran; what was left out and why)."""
-    base = make_operands(shape)
-    times: dict[str, dict[int, dict[str, float]]] = {"forward": {}, "backward": {}}
-    faults: list[str] = []
-    for M in rows:
-        fixed = make(kind, shape, M, base)
-        outcomes = dict(check(fixed, strategies.candidates(kind.problem(M, shape))))
-        faults += [f"{kind} {shape} M={M}: {fault}" for fault in outcomes.values() if fault is not None]
-        steps = {name: fixed.step(name) for name, fault in outcomes.items() if fault is None}
-        found = timed(steps, seconds / len(rows), shape.device, flush) if steps else {}
-        for direction, i in (("forward", 0), ("backward", 1)):
-            if found:
-                times[direction][M] = {name: milliseconds[i] for name, milliseconds in found.items()}
-        print(f"{kind} K={shape.K} N={shape.N} R={shape.R} M={M}: " + _line(found), flush=True)
-    written = [
-        Row(kind.case(direction), shape.K, shape.N, shape.R, strategies.fastest(by_rows))
-        for direction, by_rows in times.items()
-        if by_rows
-    ]
-    return written, faults
+    kind: Kind, shape: Shape, M: int, seconds: float, flush: Callable[[], object]
+) -> tuple[dict[str, tuple[float, float]], list[str]]:
+    """(milliseconds of forward and backward of what ran; what was left out and why)."""
+    fixed = make(kind, shape, M, make_operands(shape))
+    outcomes = dict(check(fixed, strategies.candidates(kind.problem(M, shape))))
+    where = f"{label(kind, shape)} M={M}"
+    faults = [f"{where}: {name}: {fault}" for name, fault in outcomes.items() if fault is not None]
+    steps = {name: fixed.step(name) for name, fault in outcomes.items() if fault is None}
+    found = timed(steps, seconds, shape.device, flush) if steps else {}
+    line = ", ".join(f"{name} {f:.4f} + {b:.4f} ms" for name, (f, b) in found.items())
+    print(
+        "\n".join([f"{where}: {line or 'nothing ran'}", *(f"left out {fault}" for fault in faults)]),
+        flush=True,
+    )
+    return found, faults
 
 
-def _line(found: dict[str, tuple[float, float]]) -> str:
-    return ", ".join(f"{name} {f:.4f} + {b:.4f} ms" for name, (f, b) in found.items()) or "nothing ran"
+def label(kind: Kind, shape: Shape) -> str:
+    return f"{kind} K={shape.K} N={shape.N} R={shape.R}"
+
+
+def rows_of(kind: Kind, shape: Shape, times: Times) -> list[Row]:
+    """The rows of both directions, for the M that were timed."""
+    return [
+        Row(
+            kind.case(direction), shape.K, shape.N, shape.R,
+            strategies.fastest({int(M): {name: ms[i] for name, ms in by.items()} for M, by in times.items()}),
+        )
+        for i, direction in enumerate(("forward", "backward"))
+    ]  # fmt: skip
 
 
 def merged(table: Table | None, rows: list[Row], device: str) -> Table:
@@ -253,13 +264,6 @@ def merged(table: Table | None, rows: list[Row], device: str) -> Table:
     new = {row[:4] for row in rows}
     old = [row for row in table.rows if row[:4] not in new] if table is not None else []
     return Table(device, "measured", versions(), str(datetime.date.today()), (*old, *rows))
-
-
-def _write(path: Path, table: Table) -> None:
-    """Whole or not at all, so that a run may be killed."""
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(strategies.text(table))
-    unfinished.replace(path)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -273,13 +277,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rows", type=int, nargs="+", default=ROWS, metavar="M", help="tokens (default: %(default)s)")
     add("--case", nargs="+", choices=KINDS, default=DEFAULT_KINDS, help="default: all of half")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seconds", type=float, default=300.0, help="no row is begun later (default: %(default)s)")
+    add("--seconds", type=float, default=300.0, help="no M is begun later (default: %(default)s)")
     add("--per-row", type=float, default=3.0, help="seconds of timing of a row (default: %(default)s)")
     add("--cache-mib", type=int, help="size of the last-level cache (default: as the system tells)")
-    add("--redo", action="store_true", help="time rows again that the file has")
-    add("--out", type=Path, help="file to write (on a GPU, default: the device's in measured/)")
+    add("--redo", action="store_true", help="time again what the file has")
+    add("--out", type=Path, help="file to write (on a GPU, default: that in measured/ which is used)")
+    add("--copy", type=Path, help="file to write the same table to")
     # fmt: on
     args = parser.parse_args(argv)
+    if args.device == "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error(
+            "--device: expected kernels that are compiled for cuda, got TRITON_INTERPRET=1; unset it"
+        )
     if args.device == "cpu" and args.out is None:
         parser.error("--out: expected a file, for times in the interpreter stand for no device; got none")
     return args
@@ -289,25 +298,44 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     name = device_name(args.device)
     path = args.out or strategies.path_of(name)
+    beside = path.with_suffix(".times.json")
     table = strategies.load(path) if path.exists() else None
-    done = set() if args.redo or table is None else {row[:4] for row in table.rows}
+    times: dict[str, Times] = {}
+    if table is not None and beside.exists():
+        times = json.loads(beside.read_text())
+    done = {row[:4] for row in table.rows} if table is not None else set()
     size = args.cache_mib * 2**20 if args.cache_mib else measure.last_level_cache(args.device)
     flush = measure.cache_flush(args.device, size)
     faults: list[str] = []
+
+    def save(table: Table) -> None:
+        for target in filter(None, (path, args.copy)):
+            write(target, strategies.text(table))
+
+    if table is not None:
+        save(table)
     left, deadline = 0, time.perf_counter() + args.seconds
     kinds = [KINDS[case] for case in args.case]
     for R, kind, (K, N) in itertools.product(args.rank, kinds, args.shape or SHAPES):
-        if all((kind.case(direction), K, N, R) in done for direction in ("forward", "backward")):
-            continue
-        if time.perf_counter() > deadline:
-            left += 1
-            continue
-        rows, wrong = tune(kind, Shape(K, N, R, args.device), args.rows, args.per_row, flush)
-        faults += wrong
-        table = merged(table, rows, name)
-        _write(path, table)
+        shape = Shape(K, N, R, args.device)
+        known = times.get(label(kind, shape), {})
+        whole = not known and all((kind.case(d), K, N, R) in done for d in ("forward", "backward"))
+        for M in args.rows:
+            if (whole or str(M) in known) and not args.redo:
+                continue
+            if time.perf_counter() > deadline:
+                left += 1
+                continue
+            found, wrong = tune(kind, shape, M, args.per_row / len(args.rows), flush)
+            faults += wrong
+            if found:
+                known[str(M)] = found
+                times[label(kind, shape)] = known
+                table = merged(table, rows_of(kind, shape, known), name)
+                save(table)
+                write(beside, json.dumps(times))  # last, so that what it says is in the table
     strategies.clear_cache()
-    print(f"{path}: {len(table.rows) if table else 0} rows, {left} pairs of rows left for another run")
+    print(f"{path}: {len(table.rows) if table else 0} rows, {left} times M left for another run")
     if faults:
         sys.exit("left out:\n" + "\n".join(faults))
 

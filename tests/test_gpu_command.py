@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: how its sections end and go on, its report, and what it does without peers."""
+"""`make gpu` without a GPU: how its sections end and go on, its report, and its environment."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import pytest
 import torch
 from blocked import without
-from torch import nn
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -157,7 +155,7 @@ def test_a_run_that_was_ended_goes_on(tmp_path):
     second = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stdout
     assert (tmp_path / "out" / "install.log").stat().st_mtime_ns == installed
-    assert "tests: skipped, pytest: not installed, bitsandbytes: not installed" in second.stdout
+    assert "tests: skipped, pytest: not installed" in second.stdout
     assert "dora_norm: skipped, peft: not installed" in second.stdout
     assert "left out peft: peft: not installed" in log.read_text()
     with (tmp_path / "out" / "lora_linear.csv").open(newline="") as file:
@@ -168,6 +166,50 @@ def test_a_run_that_was_ended_goes_on(tmp_path):
     assert "matplotlib: not installed, no plot" in report
     assert second.stdout.rstrip().endswith("report.md")
     assert "| 64 → 64 | ours lora |" in second.stdout
+
+
+def test_results_of_an_earlier_run_are_deleted_first(gpu, tmp_path):
+    section(gpu, "import os; print(os.path.exists('old.xml'))")
+    gpu.SECTIONS["one"] = gpu.SECTIONS["one"]._replace(anew=("old.xml", "none.json"))
+    (tmp_path / "old.xml").write_text("<testsuites/>")
+    assert gpu.main(["--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert (tmp_path / "one.log").read_text().splitlines().count("False") == 2
+
+
+def test_a_gpu_does_not_inherit_the_interpreter(load, monkeypatch, tmp_path):
+    gpu = load("gpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "TRITON_INTERPRET" not in gpu.environment(gpu.Plan(tmp_path, "cuda", False))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert gpu.environment(gpu.Plan(tmp_path, "cpu", True))["TRITON_INTERPRET"] == "1"
+
+
+def test_a_report_that_hangs_is_one_line(gpu, tmp_path, monkeypatch, capsys):
+    section(gpu, "print('a figure')")
+    monkeypatch.setattr(gpu, "REPORT_SECONDS", 0.2)
+    monkeypatch.setattr(
+        gpu.Plan, "script", lambda *args: [sys.executable, "-c", "import time; time.sleep(60)"]
+    )
+    assert gpu.main(["--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "report.py: not done after 0 s"
+
+
+def test_what_needs_no_bitsandbytes_is_tested_without(load, monkeypatch, tmp_path):
+    """Every fixture is found, and the report names what was left out."""
+    gpu, report = load("gpu"), load("report")
+    assert all((BENCH.parent / "tests" / f"{name}.py").exists() for name in (*gpu.TESTS, *gpu.ALONE))
+    for module in (gpu, report):
+        monkeypatch.setattr(module, "installed", lambda package: package != "bitsandbytes")
+    (command,) = gpu.tests(gpu.Plan(tmp_path, "cpu", False), 100)
+    env = without(tmp_path, "bitsandbytes")
+    run = [part for part in command if not part.isdigit() and part != "-n"]
+    found = subprocess.run([*run, "--setup-plan"], env=env, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+    text = report.tests(tmp_path / "tests.xml")
+    assert "0 failures, 0 errors" in text
+    left_out = text.partition("not installed: ")[2].split(", ")
+    assert {"test_ops", "test_triton"} <= set(left_out)
+    assert not {"test_strategies", "test_roofline"} & set(left_out)
 
 
 # ----------------------------------------------------------------------------------------------------- report
@@ -221,6 +263,18 @@ def test_the_report_of_nothing_is_a_report(load, tmp_path):
     assert "tests: not run" in (tmp_path / "report.md").read_text()
 
 
+def test_the_report_survives_tests_that_were_ended_and_says_what_was_wrong(load, tmp_path):
+    (tmp_path / "tests.xml").write_text('<testsuites><testsuite tests="3"')
+    cell = {"backend": "triton-split", "dtype": "bfloat16", "wrong": True}
+    sanity = {"sound": {"bfloat16": ["triton"], "float16": []}, "cells": [cell, cell]}
+    (tmp_path / "sanity.json").write_text(json.dumps(sanity))
+    load("report").main(["--out", str(tmp_path)])
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    assert any(line.startswith("- tests: tests.xml is unfinished") for line in lines)
+    assert {"- sound in bfloat16: triton", "- sound in float16: none"} <= set(lines)
+    assert lines.count("- WRONG in bfloat16: triton-split") == 1
+
+
 # ------------------------------------------------------------------------------------------------ environment
 
 
@@ -237,112 +291,21 @@ def test_links_stand_in_for_an_installation(load, tmp_path):
     assert all(Path(path).is_relative_to(tmp_path) for path in found.stdout.split())
 
 
-# ------------------------------------------------------------------------------------------------------ peers
-
-
-def test_a_weight_packed_without_bitsandbytes_is_as_exact(load):
-    layers = load("layers")
-    from peft_fast.formats import from_linear
-
-    dense = torch.randn(96, 160) * torch.rand(96, 1)
-    errors = []
-    for packed in (layers.pack(dense), layers._pack_alone(dense)):
-        weight = from_linear(layers.nf4_linear(packed, 160, 96, torch.float32)).check()
-        assert weight.nested
-        errors.append(((weight.decode(torch.float32) - dense).norm() / dense.norm()).item())
-    assert errors[1] == pytest.approx(errors[0], rel=0.02)
-
-
-def test_unsloth_runs_alone_or_says_why_not(load, monkeypatch):
-    bench = load("lora_linear")
-    with pytest.raises(SystemExit):
-        bench.parse(["--providers", "unsloth", "ours"])
-    monkeypatch.setitem(sys.modules, "unsloth", None)
-    bench.layers.missing.cache_clear()
-    args = bench.parse(["--providers", "dense", "unsloth", "--device", "cpu"])
-    with pytest.raises(ValueError, match="--providers: unsloth cannot run here: unsloth: not installed"):
-        bench.selected(args)
-    bench.layers.missing.cache_clear()
-
-
-@pytest.mark.parametrize("off", [0.0, 0.05])
-def test_results_of_unsloth_are_checked(load, monkeypatch, tmp_path, off):
-    """Its function stands for itself here: it takes a block with `o_proj`, and x [batch, tokens, K]."""
-    bench = load("lora_linear")
-
-    def apply_lora_o(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        assert x.shape == (1, 5, 64)
-        return block.o_proj(x) * (1 + off)
-
-    kernels = types.SimpleNamespace(apply_lora_o=apply_lora_o)
-    monkeypatch.setitem(sys.modules, "unsloth", types.SimpleNamespace(kernels=kernels))
-    monkeypatch.setitem(sys.modules, "unsloth.kernels", kernels)
-    bench.layers.missing.cache_clear()
-    path = tmp_path / "rows.csv"
-    options = ["--shape", "64", "64", "--rank", "4", "--rows", "5", "--dtype", "bfloat16", "--no-cold"]
-    run = [*options, "--device", "cpu", "--seconds", "0", "--threads", "1", "--providers", "dense", "unsloth"]
-    threads = torch.get_num_threads()
-    try:
-        if off:
-            with pytest.raises(bench.measure.Inexact, match="unsloth lora bfloat16 M=5"):
-                bench.main([*run, "--csv", str(path)])
-            assert not path.exists()
-        else:
-            bench.main([*run, "--csv", str(path)])
-            with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if row["provider"] == "unsloth"]
-            assert len(rows) == 1
-            assert 0 < float(rows[0]["error_dX"]) < 0.02
-    finally:
-        torch.set_num_threads(threads)
-        bench.layers.missing.cache_clear()
-
-
-def test_a_backend_has_no_row_where_it_cannot_run(load, tmp_path, capsys, monkeypatch):
-    from peft_fast import backends, reference
-
-    class Few:
-        lora_linear_backward = staticmethod(reference.lora_linear_backward)
-
-        @staticmethod
-        def lora_linear(x, *args):
-            if len(x) > 5:
-                raise backends.BackendUnavailable(f"takes 5 rows, got {len(x)}")
-            return reference.lora_linear(x, *args)
-
-    row = backends.BACKENDS["reference"]
-    monkeypatch.setitem(backends.BACKENDS, "few", row._replace(load=lambda: Few))
-    bench = load("lora_linear")
-    path = tmp_path / "rows.csv"
-    options = ["--shape", "64", "64", "--rank", "4", "--rows", "5", "6", "--dtype", "float32", "--no-cold"]
-    run = [*options, "--device", "cpu", "--seconds", "0", "--threads", "1", "--providers", "dense", "ours"]
-    threads = torch.get_num_threads()
-    bench.main([*run, "--backend", "few", "--csv", str(path)])
-    torch.set_num_threads(threads)
-    with path.open(newline="") as file:
-        rows = [(row["provider"], row["M"]) for row in csv.DictReader(file)]
-    assert rows == [("dense", "5"), ("dense", "5"), ("ours", "5"), ("dense", "6"), ("dense", "6")]
-    assert "left out ours lora[few] float32 M=6 threads=1: takes 5 rows, got 6" in capsys.readouterr().out
-
-
-def test_sanity_tells_sound_backends_from_wrong_ones(load, tmp_path, monkeypatch, capsys):
-    from peft_fast import backends, reference
-
-    class Corrupt:
-        dequantize = staticmethod(reference.dequantize)
-        lora_linear = staticmethod(reference.lora_linear)
-
-        @staticmethod
-        def lora_linear_backward(*args):
-            grads = reference.lora_linear_backward(*args)
-            return grads._replace(lora_B=1.01 * grads.lora_B)
-
-    row = backends.BACKENDS["reference"]
-    monkeypatch.setitem(backends.BACKENDS, "reference-off", row._replace(load=lambda: Corrupt))
-    path = tmp_path / "sanity.json"
-    options = ["--shape", "64", "64", "--rank", "4", "--rows", "5", "--dtype", "float32", "--device", "cpu"]
-    assert load("sanity").main([*options, "--prefix", "reference", "--json", str(path)]) == 1
-    content = json.loads(path.read_text())
-    assert content["sound"] == ["reference"]
-    assert {cell["wrong"] for cell in content["cells"] if cell["backend"] == "reference-off"} == {True}
-    assert "reference-off lora float32 M=5: dB has" in capsys.readouterr().out
+def test_an_installation_that_takes_too_long_is_ended_with_its_children(load, monkeypatch, tmp_path, capsys):
+    environment, pid = load("environment"), tmp_path / "child"
+    script = tmp_path / "pip"
+    script.write_text(
+        "#!/bin/sh\n"
+        "(trap '' INT TERM; sleep 60) &\n"  # a compiler that does not listen
+        f"echo $! > {pid}\n"
+        "sleep 60\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    assert not environment.pip("anything", seconds=1.0)
+    assert "not done after 1 s" in capsys.readouterr().out
+    for _ in range(50):
+        if not running(int(pid.read_text())):
+            break
+        time.sleep(0.1)
+    assert not running(int(pid.read_text()))

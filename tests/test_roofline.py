@@ -236,6 +236,9 @@ def test_the_table_is_written_with_measured_ratios_beside(roofline, tmp_path, ca
         ("NVIDIA H200", "bfloat16", "ours", "dora", "triton", 4096, 4096, 16, 512, 9),
         ("NVIDIA H200", "bfloat16", "peft", "lora", "", 4096, 4096, 16, 512, 9),
         ("NVIDIA H100", "bfloat16", "ours", "lora", "triton", 4096, 4096, 16, 512, 9),
+        ("NVIDIA-H200-141GB", "bfloat16", "ours", "lora", "triton-split", 4096, 4096, 16, 512, 1.75),
+        ("NVIDIA GH200 480GB", "bfloat16", "ours", "lora", "triton-fused", 4096, 4096, 16, 512, 9),
+        ("NVIDIA A10G", "bfloat16", "ours", "lora", "triton-library", 4096, 4096, 16, 512, 9),
         ("NVIDIA H200", "float32", "ours", "lora", "triton", 4096, 4096, 16, 512, 9),
     ]
     with measured.open("w", newline="") as file:
@@ -244,7 +247,7 @@ def test_the_table_is_written_with_measured_ratios_beside(roofline, tmp_path, ca
     roofline.main([*shape, "--csv", str(out), "--measured", str(measured), "--device", "NVIDIA H200"])
     with out.open(newline="") as file:
         few, many = csv.DictReader(file)
-    assert few["measured"] == "triton:25.0 triton-merge:50.0"
+    assert few["measured"] == "triton:25.0 triton-merge:50.0 triton-split:75.0"
     assert many["measured"] == ""
     assert float(many["best"]) < float(few["best"])
     assert (few["splitk"], few["device"]) == ("", "H200")
@@ -286,3 +289,6 @@ def test_devices_are_found_by_their_names(roofline, capsys):
     with pytest.raises(SystemExit):
         roofline.parse(["--device", "GTX 1080"])
     assert "--device: expected a name with one of" in capsys.readouterr().err
+    assert roofline.parse(["--device", "NVIDIA A10G", "--or-default"]).device == roofline.DEFAULT_DEVICE
+    assert "NVIDIA A10G: its peaks are not known here; predicted for H100" in capsys.readouterr().out
+    assert roofline.parse(["--device", "NVIDIA L4", "--or-default"]).device == "L4"

@@ -1,11 +1,9 @@
-"""Which strategy runs: what each can do, tables and how a row is found in them, and what tuning writes."""
+"""Which strategy runs: what each can do, tables, and how a row is found in them."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ import torch
 from peft_fast.triton_kernels import strategies
 from peft_fast.triton_kernels.strategies import Case, Choice, Problem, Row, Table
 
-from peft_fast import backends, reference, scratch
+from peft_fast import scratch
 
 CPU = torch.device("cpu")
 NF4 = Problem(4096, 4096, 4096, 16, torch.bfloat16, "nf4", True, False, False)
@@ -270,121 +268,3 @@ def test_fastest_joins_neighbours_and_names_what_follows_merge():
     assert strategies.fastest(times) == (
         Choice(64, ("splitk",)), Choice(128, ("fused",)), Choice(math.inf, ("merge", "library")),
     )  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------------------- tuning
-
-
-class Slow:
-    """The op of the reference, after `delay` passes over a buffer."""
-
-    def __init__(self, delay: int, wrong: float = 0.0):
-        self.delay, self.wrong = delay, wrong
-
-    def _wait(self) -> None:
-        for _ in range(self.delay):
-            torch.ones(2**20).sum()
-
-    def lora_linear(self, *args):
-        self._wait()
-        y, z = reference.lora_linear(*args)
-        return y * (1 + self.wrong), z
-
-    def lora_linear_backward(self, *args):
-        self._wait()
-        return reference.lora_linear_backward(*args)
-
-
-@pytest.fixture
-def tune(monkeypatch, one_thread):
-    """bench/tune.py, with `library` by far the fastest strategy and `fused` wrong."""
-    delays = {"splitk": 40, "fused": 0, "split": 40, "library": 0, "merge": 40}
-    for name, delay in delays.items():
-        backend = Slow(delay, wrong=0.5 if name == "fused" else 0.0)
-        stand_in = backends.Backend(lambda backend=backend: backend, lambda *case: None, automatic=False)
-        monkeypatch.setitem(backends.BACKENDS, f"triton-{name}", stand_in)
-    return importlib.import_module("peft_fast.bench.tune")
-
-
-TINY = [
-    *("--device", "cpu", "--shape", "128", "64", "--rank", "4", "--rows", "1", "5"),
-    *("--per-row", "0", "--cache-mib", "1"),
-]
-
-
-def test_a_tuned_table_is_followed_and_added_to(tune, folder, capsys):
-    out = folder / strategies.DEFAULT
-    command = [*TINY, "--out", str(out), "--case", "packed-half-out_scale"]
-    with pytest.raises(SystemExit, match=r"left out:\n.*fused: y: relative error"):
-        tune.main(command)
-    problem = Problem(3, 64, 128, 4, torch.bfloat16, "nf4", True, False, True)
-    for direction in ("forward", "backward"):
-        assert strategies.choose(direction, problem, CPU) == "library"
-    written = strategies.load(out)
-    assert (written.source, len(written.rows)) == ("measured", 2)
-    assert "splitk" in capsys.readouterr().out
-
-    tune.main(command)  # all rows are there
-    assert "ms" not in capsys.readouterr().out
-    tune.main([*command[:-1], "packed-half-dropout", "--seconds", "0"])  # no time for more
-    assert "1 pairs of rows left" in capsys.readouterr().out
-    assert strategies.load(out) == written
-
-    with pytest.raises(SystemExit):
-        tune.main([*command[:-1], "packed-half-dropout"])
-    both = strategies.load(out).rows
-    assert both[:2] == written.rows
-    assert [found.case for found in both[2:]] == [
-        Case(direction, "packed", "half", True, False) for direction in ("forward", "backward")
-    ]
-    with pytest.raises(SystemExit):
-        tune.main([*command, "--redo"])
-    assert {r.case for r in strategies.load(out).rows} == {r.case for r in both}
-
-
-class Clock:
-    """An event of a device that is done with everything as soon as the host has asked for it."""
-
-    def __init__(self, enable_timing: bool):
-        self.seconds = math.nan
-
-    def record(self) -> None:
-        self.seconds = time.perf_counter()
-
-    def elapsed_time(self, end: Clock) -> float:
-        return 1e3 * (end.seconds - self.seconds)
-
-
-def test_on_a_gpu_the_device_is_kept_busy_while_the_host_starts_a_step(tune, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "Event", Clock)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    flushed = []
-    base = tune.make_operands(tune.Shape(128, 64, 4, "cpu"))
-    fixed = tune.make(tune.KINDS["packed-half"], tune.Shape(128, 64, 4, "cpu"), 3, base)
-    steps = {name: fixed.step(name) for name in ("splitk", "library")}
-
-    def flush() -> None:
-        flushed.append(time.perf_counter())
-        time.sleep(1e-3)
-
-    times = tune.timed(steps, 0.0, "cuda", flush)
-    for direction in (0, 1):
-        assert times["splitk"][direction] > 2 * times["library"][direction] > 0
-    # A flush takes a millisecond, and each of two steps is flushed for before both of its directions.
-    flushes = (len(flushed) - 1) / (2 * 2 * tune.measure.MIN_SAMPLES)
-    assert flushes >= 1 + sum(times["splitk"]) / 2
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="times of a GPU")
-def test_a_gpu_is_tuned(monkeypatch, folder):
-    tune = importlib.import_module("peft_fast.bench.tune")
-    tune.main(["--shape", "256", "512", "--rank", "16", "--rows", "1", "80", "--per-row", "0.1"])
-    written = strategies.load(strategies.path_of(torch.cuda.get_device_name()))
-    assert {row.case.direction for row in written.rows} == {"forward", "backward"}
-    assert len(written.rows) == 2 * len(tune.DEFAULT_KINDS)
-
-
-def test_tuning_on_a_cpu_writes_no_device_table(tune, capsys):
-    with pytest.raises(SystemExit):
-        tune.main(TINY)
-    assert "--out: expected a file" in capsys.readouterr().err
