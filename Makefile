@@ -13,6 +13,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
 ARGS   ?=
+# Test processes, each with as many threads as torch takes.
+JOBS   ?= 2
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -44,7 +46,7 @@ finetune: install
 	$(BIN)/peft-fast train $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
-import bitsandbytes.functional as bnb
 import torch
 from tolerances import assert_as_exact
 from torch import Tensor
@@ -22,6 +21,8 @@ def make_weight(
     dense = torch.randn(N, K) / K**0.5
     if format == "dense":
         return formats.from_dense(dense.to(dtype or torch.float32)).check()
+    import bitsandbytes.functional as bnb  # only these weights need it
+
     packed, state = bnb.quantize_4bit(
         dense, blocksize=blocksize, compress_statistics=nested, quant_type=format, quant_storage=storage
     )
