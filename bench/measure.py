@@ -41,17 +41,27 @@ FLOOR = {torch.float32: 2.0**-21, torch.float16: 2.0**-11, torch.bfloat16: 2.0**
 
 
 class Step(NamedTuple):
-    """One forward and backward: `layer` on x [M, K], with dY `grad` [M, N]."""
+    """One forward and backward: `layer` on x [M, K], with dY `grad` [M, N].
+
+    `factors` are those of a product, such as A and B, that a step is to find written anew.
+    """
 
     layer: nn.Module
     x: Tensor
     grad: Tensor
+    factors: tuple[Tensor, ...] = ()
 
     def drop_gradients(self) -> None:
-        """Forgets gradients, as an optimizer would, so that none is accumulated."""
+        """Forgets gradients, as an optimizer would, so that none is accumulated.
+
+        The factors change their signs: their product stays, and nothing kept from the last step fits them.
+        """
         self.x.grad = None
         for parameter in self.layer.parameters():
             parameter.grad = None
+        with torch.no_grad():
+            for factor in self.factors:
+                factor.neg_()
 
     def run(self) -> Tensor:
         """The output; x and the trainable parameters have their gradients."""

@@ -30,12 +30,13 @@ from peft_fast.bench.layers import Operands, Provider, Shape, make_operands, mak
 from peft_fast.bench.measure import Exactness, Memory, Step
 from peft_fast.bench.providers import ALONE, PEERS, Entry, backend_of, entry, is_dense
 from peft_fast.bench.registry import FORMATS, MEASURES, Case
+from torch import Tensor, nn
 
 from peft_fast.errors import BackendUnavailable
 from peft_fast.info import device_name, versions
 
 SPREAD = 1.5
-SMALL = 64
+SMALL = 128
 """Of the layer whose run, after a flush, brings a provider's code back into the caches, but no operand."""
 
 
@@ -145,6 +146,7 @@ def prepare(name: str, case: Case, operands: Operands, checker: Checker, device:
         only_x = _step(row, case, operands, device)
         only_x.layer.requires_grad_(False)
     errors = checker.check(name, step, only_x)
+    step = step._replace(factors=_factors(step.layer))
     small = None
     if device == "cpu" and not row.compiled:
         tiny = case._replace(K=SMALL, N=SMALL, R=min(case.R, SMALL))
@@ -157,6 +159,14 @@ def _step(row: Entry, case: Case, operands: Operands, device: str) -> Step:
     provider = Provider("", row.dtype or case.dtype)
     shape = Shape(case.K, case.N, case.R, device)
     return make_step(provider, row.layer(case, operands), shape, case.M)
+
+
+def _factors(layer: nn.Module) -> tuple[Tensor, ...]:
+    """The trained A and B of LoRA and DoRA: an optimizer writes them between steps."""
+    named = layer.named_parameters()
+    found = tuple(p for name, p in named if p.requires_grad and ("lora_A" in name or "lora_B" in name))
+    assert len(found) in (0, 2), "the signs of two factors cancel"
+    return found
 
 
 def _operands(case: Case, device: str) -> Operands:

@@ -66,7 +66,7 @@ def _quantize(model: Any, job: TrainConfig, skip: list[str]) -> None:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    replace_with_bnb_linear(model, skip + (model._keep_in_fp32_modules or []), settings)
+    replace_with_bnb_linear(model, [*skip, *(model._keep_in_fp32_modules or ())], settings)
     model.is_loaded_in_4bit = True  # transformers' mark, which PEFT reads
     for layer in model.modules():
         if isinstance(layer, Linear4bit):

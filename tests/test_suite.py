@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft_fast.bench import measure
 from typer.testing import CliRunner
 
-from peft_fast import backends, cli, reference
+from peft_fast import DoRALinear, backends, cli, dora, reference
 
 NAMES = ("dense-float32", "dense-float16", "dense-bfloat16", "peft", "liger", "ours[reference]", "ours")
 ROOT = Path(__file__).parents[1]
@@ -391,3 +392,18 @@ def test_files_and_options_that_do_not_fit_are_named(results, tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         plot.canvas(1, 2.0)
+
+
+def test_every_sample_of_dora_computes_its_norm(suite, monkeypatch):
+    """As the first forward of an optimizer step does, which has written A and B."""
+    layer = DoRALinear.from_linear(torch.nn.Linear(32, 16), r=2)
+    torch.nn.init.normal_(layer.lora_B)
+    step = measure.Step(layer, torch.randn(3, 32, requires_grad=True), torch.randn(3, 16))
+    norms, compute = [], dora.lora_weight_norm
+    monkeypatch.setattr(dora, "lora_weight_norm", lambda *a, **k: norms.append(1) or compute(*a, **k))
+    for factors, expected in (((), 1), (suite._factors(layer), 3)):
+        norms.clear()
+        layer.reset_norm()
+        outputs = [step._replace(factors=factors).run() for _ in range(3)]
+        assert len(norms) == expected
+        assert torch.equal(outputs[0], outputs[1])
