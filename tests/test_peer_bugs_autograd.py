@@ -129,8 +129,10 @@ def test_checkpointed_steps_keep_nothing(kind, reentrant):
         gc.collect()
         return sum(issubclass(type(value), torch.Tensor) for value in gc.get_objects())
 
-    live_tensors_after(1)  # lazily made state, and what earlier tests left to collect
-    assert live_tensors_after(1) == live_tensors_after(8)
+    for _ in range(3):
+        live_tensors_after(1)  # lazily made state, and what earlier tests left to collect, in several rounds
+    before = live_tensors_after(1)
+    assert live_tensors_after(8) <= before
 
 
 def test_copying_changes_nothing_and_loses_nothing(kind):
