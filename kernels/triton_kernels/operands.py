@@ -30,7 +30,7 @@ class Operands(NamedTuple):
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """M, N, K, R."""
-        return (*self.x.shape[:1], self.weight.out_features, *reversed(self.lora_A.shape))  # type: ignore[return-value]
+        return len(self.x), self.weight.out_features, self.weight.in_features, len(self.lora_A)
 
     @property
     def drop_scale(self) -> float:
