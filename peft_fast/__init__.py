@@ -29,9 +29,9 @@ _HOME = {
     "LoReFTLinear": "reft",
     "ReftModel": "reft",
     "get_reft_model": "reft",
-    "accelerate": "convert",
-    "restore": "convert",
-    "explain": "convert",
+    "accelerate": "swap",
+    "restore": "swap",
+    "explain": "explanation",
 }
 __all__ = [
     "BackendUnavailable",
@@ -57,12 +57,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .convert import accelerate, explain, restore
     from .errors import BackendUnavailable, UnsupportedLayer, UnsupportedWeight
+    from .explanation import explain
     from .formats import QuantizedWeight, from_bitsandbytes, from_dense
     from .functional import dequantize, dora_linear, lora_linear, loreft
     from .modules import DoRALinear, LoRALinear
     from .reft import LoReFT, LoReFTConfig, LoReFTLinear, ReftModel, get_reft_model
+    from .swap import accelerate, restore
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """bitsandbytes' frozen `Linear4bit` without an adapter, with a fused forward: Y = X·Ŵᵀ + bias.
 
-`convert.accelerate` swaps them in, so that layers without an adapter, prefix and prompt tuning, and adapters
+`swap.accelerate` swaps them in, so that layers without an adapter, prefix and prompt tuning, and adapters
 around a layer or beside it run on the fused op too: forward, and dX in the backward pass.
 """
 

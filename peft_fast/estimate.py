@@ -261,7 +261,7 @@ def _run(
 
 def _make_fast(model: Any, job: TrainConfig) -> None:
     """Swaps in the fused layers that `train` would."""
-    from .convert import accelerate
+    from .swap import accelerate
 
     if job.method != "loreft":
         accelerate(model, methods=(job.method,))

@@ -69,6 +69,16 @@ def allow_repacking(layer: Any) -> None:
     setattr(layer, _REPACKS, True)
 
 
+def compute_dtype(base: Any) -> torch.dtype:
+    """The dtype that `base` computes in: autocast's, else what bitsandbytes was told, else the weight's."""
+    device = base.weight.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    if is_linear4bit(base):
+        return base.compute_dtype or base.weight.quant_state.dtype
+    return base.weight.dtype
+
+
 def warn_slow_compute_dtype(layer: nn.Module, x_dtype: torch.dtype | None = None) -> None:
     """bitsandbytes' default compute dtype is float32; half activations are then upcast at every forward."""
     if getattr(layer, "compute_dtype", None) == torch.float32 and x_dtype in (torch.float16, torch.bfloat16):

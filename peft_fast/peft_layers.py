@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers with a fused forward: the subclasses that `convert.accelerate` swaps in.
+"""PEFT's LoRA layers with a fused forward: the subclasses that `swap.accelerate` swaps in.
 
     LoRA   Y = X·Ŵᵀ + s·(drop(X)·Aᵀ·Bᵀ + lora_bias) + bias        X [..., K], Ŵ [N, K], A [R, K], B [N, R]
     DoRA   Y = c ⊙ (X_d·Ŵᵀ + s·X_d·Aᵀ·Bᵀ) + (X − X_d)·Ŵᵀ + bias   c = m / ‖Ŵ + s·B·A‖, X_d = drop(X), m [N]

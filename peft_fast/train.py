@@ -199,7 +199,7 @@ def _make_fast(config: TrainConfig, model: Any, console: Console) -> dict[str, A
             )
     if config.stock or (config.method == "loreft" and config.quant == "none"):
         return {"fused": 0, "backends": {}, "left": {}}
-    from .convert import accelerate
+    from .swap import accelerate
 
     method = "base" if config.method == "loreft" else config.method
     report = accelerate(model, methods=(method,), backend=config.backend)

@@ -2,40 +2,35 @@
 
 A layer keeps its modules, parameters, hooks and state-dict keys; only its `__class__` becomes a subclass of
 PEFT's own (see `peft_layers`), or of bitsandbytes' for a 4-bit layer without an adapter (`base_layers`).
-`explain(module)` tells what runs, with which backend, and why.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
-import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from . import backends
-from .base_layers import FUSED_BASES, STOCK_BASES, FusedBase
-from .errors import BackendUnavailable, UnsupportedLayer, UnsupportedWeight
-from .formats import QuantizedWeight, from_linear
+from .base_layers import FUSED_BASES, STOCK_BASES
+from .errors import UnsupportedLayer, UnsupportedWeight
+from .formats import from_linear
 from .modules import (
-    DoRALinear,
     LowRankLinear,
     allow_repacking,
     check_base,
+    compute_dtype,
     is_linear4bit,
     protect_from_repacking,
     warn_slow_compute_dtype,
 )
 from .norm_cache import NormCache
-from .peft_layers import FUSED, METHODS, STOCK, base_reason, choose, method, method_reason
+from .peft_layers import FUSED, METHODS, STOCK, base_reason, method, method_reason
 from .reft.blocks import Swapped
-from .reft.edit import LoReFT
+from .report import Report, Row
 from .weight_reads import reads_weight
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 ALL = (*METHODS, "base")
 
@@ -43,65 +38,8 @@ ALL = (*METHODS, "base")
 _REPACKED_BEFORE = "_peft_fast_repacked_before"
 
 
-EXPLAINED = (LowRankLinear, LoraLayer, FusedBase, LoReFT)
-
 _FUSED = {**FUSED, **FUSED_BASES}
 _STOCK = {**STOCK, **STOCK_BASES}
-
-
-class Row(NamedTuple):
-    """One layer: its methods and the backend that runs them, or the reason why it is left as it is."""
-
-    name: str
-    method: str | None
-    backend: str | None
-    reason: str | None
-
-    @property
-    def status(self) -> str:
-        return "fused" if self.reason is None else "left"
-
-    @property
-    def detail(self) -> str:
-        return f"{self.method} on {self.backend}" if self.reason is None else self.reason
-
-
-class Report:
-    """What `accelerate` did, a `Row` for each layer. Prints as a table, in colour with rich."""
-
-    def __init__(self, rows: list[Row]) -> None:
-        self.rows = rows
-
-    @property
-    def fused(self) -> list[Row]:
-        return [row for row in self.rows if row.reason is None]
-
-    @property
-    def left(self) -> list[Row]:
-        return [row for row in self.rows if row.reason is not None]
-
-    @property
-    def title(self) -> str:
-        return f"{len(self.fused)} layers fused, {len(self.left)} left as they were"
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self.rows)
-
-    def __str__(self) -> str:
-        width = max((len(row.name) for row in self.rows), default=0)
-        rows = (f"  {row.name:<{width}}  {row.status:<5}  {row.detail}" for row in self.rows)
-        return "\n".join((self.title, *rows))
-
-    def __repr__(self) -> str:
-        return f"<Report: {self.title}>"
-
-    def __rich__(self) -> Table:
-        from rich.table import Table
-
-        table = Table("layer", "status", "method and backend, or reason", title=self.title)
-        for row in self.rows:
-            table.add_row(row.name, row.status, row.detail, style=None if row.reason is None else "yellow")
-        return table
 
 
 def accelerate(
@@ -139,7 +77,7 @@ def accelerate(
     rows = []
     for name, module in modules.items():
         if isinstance(module, LoraLayer):
-            reason = _swap_reason(module, methods) or _reader_reason(name, modules)
+            reason = swap_reason(module, methods) or reader_reason(name, modules)
             if reason is not None:
                 rows.append(Row(name, None, None, reason))
             else:
@@ -203,7 +141,7 @@ def _protect_from_repacking(modules: Iterable[nn.Module]) -> None:
             setattr(module, _REPACKED_BEFORE, True)
 
 
-def _swap_reason(layer: Any, methods: tuple[str, ...]) -> str | None:
+def swap_reason(layer: Any, methods: tuple[str, ...]) -> str | None:
     """Why `layer` cannot be swapped, whichever adapter is active; None when it can."""
     if type(layer) not in FUSED and type(layer) not in STOCK:
         return f"{type(layer).__module__}.{type(layer).__name__} has no fused counterpart"
@@ -245,7 +183,7 @@ def _methods(layer: Any, methods: tuple[str, ...]) -> list[str]:
     return [name for name in METHODS if name in methods and name in present]
 
 
-def _reader_reason(name: str, modules: dict[str, nn.Module]) -> str | None:
+def reader_reason(name: str, modules: dict[str, nn.Module]) -> str | None:
     """Whether a module above uses the layer's `.weight` itself, so that an adapter on it does nothing."""
     parts = name.split(".")
     for depth in range(len(parts)):
@@ -255,93 +193,8 @@ def _reader_reason(name: str, modules: dict[str, nn.Module]) -> str | None:
     return None
 
 
-# --------------------------------------------------------------------------------------------------- explain
-
-
-def explain(module: nn.Module) -> str:
-    """What the next forward of `module` runs: op, weight format, backend, adapter; or PEFT's own, and why.
-
-    For a fused layer, a LoRA layer of PEFT, a `LoRALinear`, `DoRALinear` or `LoReFT`; for a model, for each.
-    """
-    if isinstance(module, EXPLAINED):
-        return _explain_layer(module)
-    modules = dict(module.named_modules())
-    layers = {name: m for name, m in modules.items() if isinstance(m, EXPLAINED)}
-    if not layers:
-        return f"{type(module).__name__}: its own forward runs; nothing in it is adapted or fused"
-    return "\n".join(
-        f"{name}: {_explain_layer(m, _reader_reason(name, modules))}" for name, m in layers.items()
-    )
-
-
-def _explain_layer(layer: Any, reader_reason: str | None = None) -> str:
-    kind = type(layer).__name__
-    if isinstance(layer, LoReFT):
-        dtype, device = layer.bias.dtype, layer.bias.device.type
-        backend = backends.resolve("loreft", "dense", device, dtype, layer.backend)
-        ran = backends.calls["loreft", backend]
-        return f"{kind}: {layer.extra_repr()}\n    loreft on {backend}, run {ran} times in this process"
-    reason: str | None
-    base = layer if isinstance(layer, FusedBase) else layer.base_layer
-    if layer is base:
-        applied = "no adapter, the base alone"
-    elif isinstance(layer, LowRankLinear):
-        applied = f"r={layer.r}, scaling={layer.scaling:g}"
-        if isinstance(layer, DoRALinear):
-            applied += f", dropout={layer.dropout!r}, norm_grad={layer.norm_grad!r}"
-    elif type(layer) not in STOCK:
-        reason = (
-            _swap_reason(layer, METHODS) or reader_reason or "not swapped, accelerate(model) would fuse it"
-        )
-        return f"{kind}: PEFT's own forward: {reason}"
-    else:
-        adapter, reason = choose(layer)
-        if reason is not None:
-            return f"{kind}: PEFT's own forward: {reason}"
-        applied = "no adapter, the base alone"
-        if adapter is not None:
-            name = method(layer, adapter)
-            applied = (
-                f"{name} adapter {adapter!r}, r={layer.r[adapter]}, scaling={float(layer.scaling[adapter]):g}"
-            )
-    try:
-        weight = from_linear(base)
-    except UnsupportedWeight as error:
-        return f"{kind}: the next forward raises UnsupportedWeight: {error}"
-    return "\n    ".join((f"{kind}: {applied}", _explain_op(layer, base, weight)))
-
-
-def _explain_op(layer: Any, base: Any, weight: QuantizedWeight) -> str:
-    nested = ", nested absmax" if weight.nested else ""
-    dtype, device = _compute_dtype(base), weight.weight.device.type
-    case = f"{weight.format} [{weight.out_features}, {weight.in_features}]{nested}, {dtype} on {device}"
-    try:
-        backend = backends.resolve("lora_linear", weight.format, device, dtype, layer.backend)
-    except BackendUnavailable as error:
-        return f"lora_linear over {case}: the next forward raises BackendUnavailable: {error}"
-    ran = backends.calls["lora_linear", backend]
-    lines = [
-        f"lora_linear over {case}",
-        f"backend {backend} (asked for: {layer.backend}), run {ran} times in this process",
-    ]
-    for name, reason in backends.availability("lora_linear", weight.format, device, dtype).items():
-        if reason is not None:
-            lines.append(f"backend {name} is unavailable: {reason}")
-    return "\n    ".join(lines)
-
-
 def _resolve(base: Any, backend: str) -> str:
     weight = from_linear(base)
     return backends.resolve(
-        "lora_linear", weight.format, weight.weight.device.type, _compute_dtype(base), backend
+        "lora_linear", weight.format, weight.weight.device.type, compute_dtype(base), backend
     )
-
-
-def _compute_dtype(base: Any) -> torch.dtype:
-    """The dtype that `base` computes in: autocast's, else what bitsandbytes was told, else the weight's."""
-    device = base.weight.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    if is_linear4bit(base):
-        return base.compute_dtype or base.weight.quant_state.dtype
-    return base.weight.dtype

@@ -1,0 +1,91 @@
+"""`explain(module)`: what its next forward runs, with which backend, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from . import backends
+from .base_layers import FusedBase
+from .errors import BackendUnavailable, UnsupportedWeight
+from .formats import QuantizedWeight, from_linear
+from .modules import DoRALinear, LowRankLinear, compute_dtype
+from .peft_layers import METHODS, STOCK, choose, method
+from .reft.edit import LoReFT
+from .swap import reader_reason, swap_reason
+
+EXPLAINED = (LowRankLinear, LoraLayer, FusedBase, LoReFT)
+
+
+def explain(module: nn.Module) -> str:
+    """What the next forward of `module` runs: op, weight format, backend, adapter; or PEFT's own, and why.
+
+    For a fused layer, a LoRA layer of PEFT, a `LoRALinear`, `DoRALinear` or `LoReFT`; for a model, for each.
+    """
+    if isinstance(module, EXPLAINED):
+        return _explain_layer(module)
+    modules = dict(module.named_modules())
+    layers = {name: m for name, m in modules.items() if isinstance(m, EXPLAINED)}
+    if not layers:
+        return f"{type(module).__name__}: its own forward runs; nothing in it is adapted or fused"
+    return "\n".join(
+        f"{name}: {_explain_layer(m, reader_reason(name, modules))}" for name, m in layers.items()
+    )
+
+
+def _explain_layer(layer: Any, reader_reason: str | None = None) -> str:
+    kind = type(layer).__name__
+    if isinstance(layer, LoReFT):
+        dtype, device = layer.bias.dtype, layer.bias.device.type
+        backend = backends.resolve("loreft", "dense", device, dtype, layer.backend)
+        ran = backends.calls["loreft", backend]
+        return f"{kind}: {layer.extra_repr()}\n    loreft on {backend}, run {ran} times in this process"
+    reason: str | None
+    base = layer if isinstance(layer, FusedBase) else layer.base_layer
+    if layer is base:
+        applied = "no adapter, the base alone"
+    elif isinstance(layer, LowRankLinear):
+        applied = f"r={layer.r}, scaling={layer.scaling:g}"
+        if isinstance(layer, DoRALinear):
+            applied += f", dropout={layer.dropout!r}, norm_grad={layer.norm_grad!r}"
+    elif type(layer) not in STOCK:
+        reason = (
+            swap_reason(layer, METHODS) or reader_reason or "not swapped, accelerate(model) would fuse it"
+        )
+        return f"{kind}: PEFT's own forward: {reason}"
+    else:
+        adapter, reason = choose(layer)
+        if reason is not None:
+            return f"{kind}: PEFT's own forward: {reason}"
+        applied = "no adapter, the base alone"
+        if adapter is not None:
+            name = method(layer, adapter)
+            applied = (
+                f"{name} adapter {adapter!r}, r={layer.r[adapter]}, scaling={float(layer.scaling[adapter]):g}"
+            )
+    try:
+        weight = from_linear(base)
+    except UnsupportedWeight as error:
+        return f"{kind}: the next forward raises UnsupportedWeight: {error}"
+    return "\n    ".join((f"{kind}: {applied}", _explain_op(layer, base, weight)))
+
+
+def _explain_op(layer: Any, base: Any, weight: QuantizedWeight) -> str:
+    nested = ", nested absmax" if weight.nested else ""
+    dtype, device = compute_dtype(base), weight.weight.device.type
+    case = f"{weight.format} [{weight.out_features}, {weight.in_features}]{nested}, {dtype} on {device}"
+    try:
+        backend = backends.resolve("lora_linear", weight.format, device, dtype, layer.backend)
+    except BackendUnavailable as error:
+        return f"lora_linear over {case}: the next forward raises BackendUnavailable: {error}"
+    ran = backends.calls["lora_linear", backend]
+    lines = [
+        f"lora_linear over {case}",
+        f"backend {backend} (asked for: {layer.backend}), run {ran} times in this process",
+    ]
+    for name, reason in backends.availability("lora_linear", weight.format, device, dtype).items():
+        if reason is not None:
+            lines.append(f"backend {name} is unavailable: {reason}")
+    return "\n    ".join(lines)
