@@ -60,6 +60,17 @@ inline Operand matrix(const char* name, const Tensor& t, int64_t rows, int64_t c
   return {t.const_data_ptr(), dtype};
 }
 
+// The matrix `t` [rows, cols], of any of the three floating dtypes, stored as [cols, rows].
+inline Operand transposed_matrix(const char* name, const Tensor& t, int64_t rows, int64_t cols) {
+  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a cpu tensor, got another device");
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name, ": expected shape [", rows,
+                  ", ", cols, "], got ", shape(t));
+  STD_TORCH_CHECK(t.stride(0) == 1 && t.stride(1) == rows, name,
+                  ": expected a contiguous matrix or the transpose of one, got strides [", t.stride(0), ", ",
+                  t.stride(1), "]");
+  return {t.const_data_ptr(), float_dtype(name, t.scalar_type())};
+}
+
 // The matrix `t` [rows, cols] of this dtype.
 inline Operand matrix_of(const char* name, const Tensor& t, ScalarType dtype, int64_t rows, int64_t cols) {
   STD_TORCH_CHECK(t.scalar_type() == dtype, name, ": expected ", dtype, ", got ", t.scalar_type());

@@ -33,9 +33,11 @@ Weight make_weight(WEIGHT_PARAMETERS) {
                       !__builtin_mul_overflow(out_features, in_features, &numel) && numel < INT64_MAX / 8,
                   "out_features, in_features: expected positive sizes, got ", out_features, ", ",
                   in_features);
-  Weight w{out_features, in_features, {}, {}};
+  Weight w{out_features, in_features, {}, false, {}};
   if (format == "dense") {
-    w.dense = matrix("weight", weight, out_features, in_features);
+    w.transposed = weight.dim() == 2 && !weight.is_contiguous();
+    w.dense = w.transposed ? transposed_matrix("weight", weight, out_features, in_features)
+                           : matrix("weight", weight, out_features, in_features);
     return w;
   }
   STD_TORCH_CHECK(format == "nf4" || format == "fp4", "format: expected dense, nf4 or fp4, got ", format);

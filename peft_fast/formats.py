@@ -6,7 +6,7 @@ written. Its fields are, in this order, the weight arguments of every op schema 
 ==========  =======================  ===============================================================
 format      `weight`                 value of element i = n·K + k
 ==========  =======================  ===============================================================
-dense       [N, K] fp32/fp16/bf16    the element itself
+dense       [N, K] fp32/fp16/bf16    the element itself; may be the transpose of a contiguous [K, N]
 nf4, fp4    [⌈N·K/2⌉] uint8          code[nibble_i] · absmax[i // blocksize], in fp32
 ==========  =======================  ===============================================================
 
@@ -216,8 +216,18 @@ def slice_rows(w: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
     )
 
 
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether `layer` is transformers' `Conv1D`, GPT-2's linear layer, whose weight is stored as [K, N]."""
+    cls = type(layer)
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+
+
 def from_dense(weight: Tensor) -> QuantizedWeight:
-    """A dense weight [N, K] as it is. Raises `UnsupportedWeight` for other dtypes and shapes."""
+    """A dense weight [N, K] as it is, or the transposed view of one stored as [K, N].
+
+    Raises:
+        UnsupportedWeight: another dtype or shape.
+    """
     if weight.dim() != 2:
         raise UnsupportedWeight(f"weight: expected [N, K], got shape {tuple(weight.shape)}")
     n, k = weight.shape
@@ -264,20 +274,20 @@ def from_bitsandbytes(weight: Tensor, quant_state: Any) -> QuantizedWeight:
     )
 
 
-def from_linear(layer: nn.Linear) -> QuantizedWeight:
-    """The base weight of an `nn.Linear` or a bitsandbytes `Linear4bit`, whichever `layer` is.
+def from_linear(layer: nn.Module) -> QuantizedWeight:
+    """The base weight of an `nn.Linear`, a transformers `Conv1D` or a bitsandbytes `Linear4bit`.
 
     Cheap enough for every forward: attributes are read, nothing is copied, cached or checked. Call
     `.check()` on the result once where the layer is adopted.
     """
-    weight = layer.weight
+    weight: Any = layer.weight
     quant_state = getattr(weight, "quant_state", None)
     attributes = vars(layer)  # nn.Module's getattr is slow where nothing is found
     if quant_state is None:
         quant_state = attributes.get("quant_state")
     if quant_state is not None or "quant_state" in attributes:
         return from_bitsandbytes(weight, quant_state)
-    return from_dense(weight)
+    return from_dense(weight.t() if is_conv1d(layer) else weight)
 
 
 def code_table(format: str, device: torch.device | str | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import dora
 from .errors import UnsupportedLayer
-from .formats import from_linear
+from .formats import from_linear, is_conv1d
 from .functional import DROPOUTS, NORM_GRADS, check_choice, dora_linear, lora_linear
 from .norm_cache import NormCache, fold_scaling
 from .ops import check_probability
@@ -39,11 +39,14 @@ def is_linear4bit(layer: nn.Module) -> bool:
 
 def check_base(layer: nn.Linear) -> None:
     """Raises `UnsupportedLayer` or `UnsupportedWeight` unless `layer` can be a fused layer's frozen base."""
-    if type(layer) is not nn.Linear and not is_linear4bit(layer):
+    if type(layer) is not nn.Linear and not is_linear4bit(layer) and not is_conv1d(layer):
         raise UnsupportedLayer(
-            f"base: expected nn.Linear or bitsandbytes Linear4bit, got {type(layer).__name__}"
+            "base: expected nn.Linear, transformers Conv1D or bitsandbytes Linear4bit, "
+            f"got {type(layer).__name__}"
         )
     weight = from_linear(layer).check()
+    if is_conv1d(layer):
+        return
     expected = (layer.out_features, layer.in_features)
     if (weight.out_features, weight.in_features) != expected:
         raise UnsupportedLayer(
@@ -213,7 +216,8 @@ class LowRankLinear(nn.Module):
         self.lora_dropout = lora_dropout
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.backend = backend
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        weight = from_linear(base_layer)
+        self.in_features, self.out_features = weight.in_features, weight.out_features
         protect_from_repacking(base_layer)
         base_layer.weight.requires_grad_(False)
         if base_layer.bias is not None:
@@ -263,7 +267,7 @@ class LoRALinear(LowRankLinear):
         """Wraps `base` without copying its weight, and freezes it.
 
         Args:
-            base: `nn.Linear` or a quantized bitsandbytes `Linear4bit`.
+            base: `nn.Linear`, a transformers `Conv1D` or a quantized bitsandbytes `Linear4bit`.
             r: rank.
             lora_alpha: numerator of the scaling.
             lora_dropout: dropout probability on the input of the low-rank branch, in training mode.

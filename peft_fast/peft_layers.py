@@ -22,6 +22,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
+from transformers.pytorch_utils import Conv1D
 
 from .base_layers import FUSED_BASES, STOCK_BASES
 from .modules import fused_base_forward, fused_dora_forward, fused_lora_forward
@@ -29,7 +30,7 @@ from .norm_cache import NormCache, fold_scaling
 
 METHODS = ("lora", "dora")
 
-_DENSE_BASES = frozenset((nn.Linear,))
+_DENSE_BASES = frozenset((nn.Linear, Conv1D))
 _4BIT_BASES = frozenset((*FUSED_BASES, *STOCK_BASES))
 _LORA_PARTS: dict[str, type] = {"lora_A": nn.Linear, "lora_B": nn.Linear}
 _DORA_PARTS: dict[str, type] = {**_LORA_PARTS, "lora_magnitude_vector": DoraLinearLayer}
@@ -101,7 +102,7 @@ class _FusedForward(nn.Module):
 
 
 class FusedLinear(_FusedForward, peft_lora.Linear):
-    """PEFT's LoRA layer on a dense `nn.Linear`, with the fused forward."""
+    """PEFT's LoRA layer on a dense `nn.Linear` or `Conv1D`, with the fused forward."""
 
 
 class FusedLinear4bit(_FusedForward, peft_bnb.Linear4bit):
@@ -137,6 +138,8 @@ def choose(layer: Any) -> tuple[str | None, str | None]:
         return _base_alone(base, "no active adapter")
     if len(active) > 1:
         return None, f"several active adapters: {active}"
+    if not layer.cast_input_dtype_enabled:
+        return None, "casting of the input is disabled"
     adapter = active[0]
     if (reason := method_reason(layer, adapter, layer.methods)) is not None:
         return None, reason
@@ -184,7 +187,8 @@ def base_reason(base: Any) -> str | None:
     elif type(base) in _4BIT_BASES:
         weight = base.weight
     else:
-        return f"base_layer is a {type(base).__name__}, not exactly nn.Linear or bitsandbytes Linear4bit"
+        expected = "nn.Linear, Conv1D or bitsandbytes Linear4bit"
+        return f"base_layer is a {type(base).__name__}, not exactly {expected}"
     if type(weight) not in _PLAIN_TENSORS:
         return f"the weight of base_layer is a {type(weight).__name__}, not a plain tensor"
     return None

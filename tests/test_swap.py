@@ -30,7 +30,6 @@ from peft_models import (
 )
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
 
 from peft_fast import BackendUnavailable, LoRALinear, UnsupportedLayer, accelerate, explain, restore
 
@@ -234,7 +233,6 @@ class Subclass(nn.Linear):
         (nn.Conv2d(3, 8, 3), "lora.layer.Conv2d has no fused counterpart"),
         (nn.Conv1d(3, 8, 3), "lora.layer.Conv1d has no fused counterpart"),
         (nn.MultiheadAttention(8, 2), "lora.layer.MultiheadAttention has no fused counterpart"),
-        (Conv1D(8, 8), "base_layer is a Conv1D"),
         (Subclass(8, 8), "base_layer is a Subclass"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "base_layer is a ParametrizedLinear"),
         (nn.Linear(8, 8).to(torch.float8_e4m3fn), "float8_e4m3fn"),

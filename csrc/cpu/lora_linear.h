@@ -1,6 +1,7 @@
 // The CPU kernels of lora_linear as the bindings see them: plain pointers, already checked.
 //
-// Shapes: M tokens, K in-features, N out-features, R rank. Every matrix is row-major and contiguous.
+// Shapes: M tokens, K in-features, N out-features, R rank. Every matrix is row-major and contiguous, except a
+// transposed weight.
 #pragma once
 
 #include "../decode.h"
@@ -12,6 +13,7 @@ namespace peft_fast {
 struct Weight {
   int64_t N, K;
   Operand dense;
+  bool transposed;  // dense is stored as [K, N]
   FourBit four_bit;
 };
 

@@ -44,6 +44,7 @@ PEFT_FAST_INLINE void prefetch(Operand src, int64_t begin, int64_t n, int64_t en
   prefetch(src.data, src.dtype == DType::kFloat32 ? 32 : 16, begin, n, end);
 }
 PEFT_FAST_INLINE void prefetch(const Weight& w, int64_t begin, int64_t n) {
+  if (w.transposed) return;
   if (is_dense(w)) return prefetch(w.dense, begin, n, w.N * w.K);
   prefetch(w.four_bit.packed, 4, begin, n, w.N * w.K);
 }
@@ -73,8 +74,30 @@ inline void decode_part(const Weight& w, int64_t begin, int64_t n, float* out) {
   }
 }
 
+// out[0:n] = flat elements [begin, begin + n), of one row, of a weight that is stored as [K, N]. Rows that
+// follow each other find the lines of the first one in the cache.
+inline void gather(const Weight& w, int64_t begin, int64_t n, float* out) {
+  visit(w.dense.dtype, [&](auto* type) {
+    using E = std::remove_pointer_t<decltype(type)>;
+    const E* p = static_cast<const E*>(w.dense.data) + begin % w.K * w.N + begin / w.K;
+    for (int64_t i = 0; i < n; i += kTileCols) {
+      const int64_t count = min(kTileCols, n - i);
+      E values[kTileCols];
+      for (int64_t j = 0; j < count; ++j) values[j] = p[(i + j) * w.N];
+      to_float({values, w.dense.dtype}, 0, count, out + i);
+    }
+  });
+}
+
 // out[0:n] = the exact fp32 values of flat elements [begin, begin + n) of the weight.
 inline void decode(const Weight& w, int64_t begin, int64_t n, float* out) {
+  if (w.transposed) {
+    for (int64_t i = 0, count; i < n; i += count) {
+      count = min(w.K - (begin + i) % w.K, n - i);
+      gather(w, begin + i, count, out + i);
+    }
+    return;
+  }
   if (is_dense(w)) return to_float(w.dense, begin, n, out);
   const int64_t head = min(n, round_up(begin, kTileCols) - begin), groups = (n - head) / kTileCols;
   const int64_t tail = n - head - groups * kTileCols;
