@@ -29,7 +29,10 @@ _HOME = {
     "LoReFTLinear": "reft",
     "ReftModel": "reft",
     "get_reft_model": "reft",
+    "PeftFastCallback": "callback",
     "accelerate": "swap",
+    "convert": "conversion",
+    "quantize": "conversion",
     "restore": "swap",
     "explain": "explanation",
 }
@@ -40,11 +43,13 @@ __all__ = [
     "LoReFT",
     "LoReFTConfig",
     "LoReFTLinear",
+    "PeftFastCallback",
     "QuantizedWeight",
     "ReftModel",
     "UnsupportedLayer",
     "UnsupportedWeight",
     "accelerate",
+    "convert",
     "dequantize",
     "dora_linear",
     "explain",
@@ -53,10 +58,13 @@ __all__ = [
     "get_reft_model",
     "lora_linear",
     "loreft",
+    "quantize",
     "restore",
 ]
 
 if TYPE_CHECKING:
+    from .callback import PeftFastCallback
+    from .conversion import convert, quantize
     from .errors import BackendUnavailable, UnsupportedLayer, UnsupportedWeight
     from .explanation import explain
     from .formats import QuantizedWeight, from_bitsandbytes, from_dense
