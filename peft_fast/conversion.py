@@ -100,9 +100,9 @@ def quantize(
     """Replaces linear layers of `model`, one after the other, by bitsandbytes' `Linear4bit`.
 
     These are `nn.Linear` and `Conv1D`. Left as they are: output layers (`get_output_embeddings`, names ending
-    in one of `OUTPUT_LAYERS`), layers whose weight has another owner too or is read without calling the layer, and
-    subclasses. A transformers model is marked as quantized, so that it saves and loads as one that was
-    loaded in 4 bits.
+    in one of `OUTPUT_LAYERS`), subclasses, and layers whose weight has another owner too or is read without
+    calling the layer. A transformers model is marked as quantized, so that it saves and loads as one that
+    was loaded in 4 bits.
 
     Args:
         model: on any device but meta.
