@@ -12,7 +12,8 @@ nothing.
 
 Before a shape is timed, all results of each `ours` are compared with fp64 at every M and thread count: a
 relative error may be twice that of plain PyTorch at the same dtypes (the decoded weight in the dtype of X,
-the low-rank branch in fp32), or a rounding where that is more. Otherwise the run ends. A named backend that
+the low-rank branch in fp32), or a rounding where that is more. What is further off is not timed: its row has
+the errors and no figure, the others are timed without it, and the exit code is 1. A named backend that
 cannot run some M has no row there. `unsloth`, Unsloth's kernels on the layer of `peft`, may be off by 2 %; it
 changes other packages when it is imported, so it runs beside `dense` alone. Peers that are not installed are
 left out.
@@ -35,6 +36,7 @@ import argparse
 import csv
 import datetime
 import itertools
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -53,7 +55,7 @@ from peft_fast.bench.layers import (
     make_step,
 )
 from peft_fast.bench.measure import Exactness, Memory, Step, Timing
-from torch import nn
+from torch import Tensor, nn
 
 from peft_fast import backends
 from peft_fast.errors import BackendUnavailable
@@ -68,28 +70,31 @@ ROWS = (1, 16, 128, 512, 2048)
 RESULTS = layers.results("dora")
 
 
+class Checked(NamedTuple):
+    """The errors of a provider's results; `inexact` says which is larger than allowed, None where none is."""
+
+    errors: dict[str, Exactness] = {}  # noqa: RUF012, never written
+    inexact: str | None = None
+
+
 class Row(NamedTuple):
-    """A measured provider; `ratio` is None without a dense provider, `resident` without --memory."""
+    """A provider; one that is inexact has no figures. `ratio` is None without a dense provider too."""
 
     provider: Provider
-    timing: Timing
-    ratio: float | None
-    errors: dict[str, Exactness]
-    memory: Memory
-    resident: int | None
+    checked: Checked
+    timing: Timing | None = None
+    ratio: float | None = None
+    memory: Memory | None = None
+    resident: int | None = None
 
 
 def check(
     made: dict[Provider, nn.Module], operands: Operands, shape: Shape, rows: list[int], threads: list[int]
-) -> dict[tuple[int, int], dict[Provider, dict[str, Exactness]]]:
-    """By (threads, M), the errors of the results of each provider in CHECKED that runs it.
-
-    Raises:
-        measure.Inexact: an error is larger than allowed.
-    """
+) -> dict[tuple[int, int], dict[Provider, Checked]]:
+    """By (threads, M), how exact each provider in CHECKED is that runs it."""
     checked = [provider for provider in made if provider.kind in CHECKED]
     exact = layers.exact_weight(operands) if checked else None
-    errors: dict[tuple[int, int], dict[Provider, dict[str, Exactness]]] = {
+    found: dict[tuple[int, int], dict[Provider, Checked]] = {
         key: {} for key in itertools.product(threads, rows)
     }
     cases = dict.fromkeys((provider.method, provider.dtype) for provider in checked)
@@ -106,12 +111,29 @@ def check(
             except BackendUnavailable as error:
                 print(f"left out {where}: {error}", flush=True)
                 continue
-            compare = measure.exactness if provider.kind == "ours" else measure.peer_exactness
-            errors[count, M][provider] = {
-                name: compare(f"{where}: {name}", got[name], plain[name], truth[name]) for name in got
-            }
-            print(f"checked {where}: {describe(errors[count, M][provider])}", flush=True)
-    return errors
+            outcome = compared(provider, got, plain, truth)
+            found[count, M][provider] = outcome
+            word = "checked" if outcome.inexact is None else "not timed"
+            print(f"{word} {where}: {outcome.inexact or describe(outcome.errors)}", flush=True)
+    return found
+
+
+def compared(
+    provider: Provider, got: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor]
+) -> Checked:
+    """The errors of a provider's results against fp64, beside those of plain PyTorch."""
+    compare = measure.exactness if provider.kind == "ours" else measure.peer_exactness
+    errors, wrong = {}, []
+    for name, value in got.items():
+        try:
+            errors[name] = compare(name, value, plain[name], truth[name])
+        except measure.Inexact as error:
+            wrong.append(str(error))
+            if value.shape == truth[name].shape:
+                errors[name] = Exactness(
+                    *(measure.relative_error(result, truth[name]) for result in (value, plain[name]))
+                )
+    return Checked(errors, "; ".join(wrong) or None)
 
 
 def describe(errors: dict[str, Exactness]) -> str:
@@ -120,7 +142,7 @@ def describe(errors: dict[str, Exactness]) -> str:
 
 def measured(
     made: dict[Provider, nn.Module],
-    errors: dict[Provider, dict[str, Exactness]],
+    checked: dict[Provider, Checked],
     shape: Shape,
     M: int,
     seconds: float,
@@ -139,11 +161,10 @@ def measured(
     return [
         Row(
             provider,
+            checked.get(provider, Checked()),
             timing,
             timing.p50 / dense if dense else None,
-            errors.get(provider, {}),
             measure.memory(steps[provider], shape.device),
-            None,
         )
         for provider, timing in timings.items()
     ]
@@ -169,7 +190,7 @@ def bench(
     """(threads, M, rows) of each block of a shape; everything is checked before the first."""
     operands = make_operands(shape)
     made = {provider: make_layer(provider, operands) for provider in providers}
-    errors = check(made, operands, shape, args.rows, args.threads)
+    found = check(made, operands, shape, args.rows, args.threads)
     del operands
     flush = None
     if args.cold:
@@ -177,15 +198,16 @@ def bench(
         flush = measure.cache_flush(shape.device, size)
     for threads, M in itertools.product(args.threads, args.rows):
         torch.set_num_threads(threads)
-        checked = errors[threads, M]
-        running = {p: layer for p, layer in made.items() if p.kind not in CHECKED or p in checked}
-        rows = measured(running, checked, shape, M, args.seconds, flush)
+        checked = found[threads, M]
+        exact = {p for p, outcome in checked.items() if outcome.inexact is None}
+        running = {p: layer for p, layer in made.items() if p.kind not in CHECKED or p in exact}
+        rows = measured(running, checked, shape, M, args.seconds, flush) if running else []
         if args.memory:
             rows = [
                 row._replace(resident=measure.in_fresh_process(resident, row.provider, shape, M, threads))
                 for row in rows
             ]
-        yield threads, M, rows
+        yield threads, M, rows + [Row(p, outcome) for p, outcome in checked.items() if p not in exact]
 
 
 HEADER = (
@@ -196,21 +218,28 @@ HEADER = (
 
 def line(M: int, row: Row) -> str:
     t, m = row.timing, row.memory
+    start = f"{M:6d} {row.provider!s:<23} {row.provider.dtype:<9}"
+    if t is None or m is None:
+        return f"{start} not timed: {row.checked.inexact}"
     ms = "".join(f"{value:10.3f}" for value in (t.p50, t.p20, t.p80, t.forward, t.backward))
     ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
     grown = "" if row.resident is None else f"{row.resident / 2**20:.1f}"
     sizes = f"{m.saved / 2**10:11.1f}{m.peak / 2**20:10.2f}{grown:>14}"
-    return f"{M:6d} {row.provider!s:<23} {row.provider.dtype:<9}{ms}{ratio:>8}{sizes}"
+    return f"{start}{ms}{ratio:>8}{sizes}"
 
 
 def record(case: dict[str, object], M: int, threads: int, row: Row) -> dict[str, object]:
     """`row` as a line of the CSV file: milliseconds, bytes and relative errors; empty where not known."""
-    timing = {name: f"{value:.6g}" for name, value in row.timing._asdict().items()}
+    timing = {
+        name: f"{getattr(row.timing, name):.6g}" if row.timing is not None else None
+        for name in Timing._fields
+    }
+    found = row.checked.errors
     errors = {
-        f"{what}_{name}": f"{getattr(row.errors[name], what):.3g}" if name in row.errors else None
+        f"{what}_{name}": f"{getattr(found[name], what):.3g}" if name in found else None
         for name, what in itertools.product(RESULTS, Exactness._fields)
     }
-    memory = {f"{name}_bytes": value for name, value in row.memory._asdict().items()}
+    memory = {f"{name}_bytes": getattr(row.memory, name, None) for name in Memory._fields}
     return {
         **case,
         "M": M,
@@ -314,6 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     providers = selected(args)
     device = device_name(args.device)
     print(f"{device}; {', '.join(f'{package} {version}' for package, version in versions().items())}")
+    wrong: list[str] = []
     for K, N in args.shape or SHAPES:
         case = {
             "date": datetime.date.today(), "device": device, **versions(), "format": "nf4 nested",
@@ -323,8 +353,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.rows[0] == M:
                 print(f"\nK={K} N={N} R={args.rank} threads={threads}, nested NF4, fp32 adapters\n{HEADER}")
             print("\n".join(line(M, row) for row in rows), flush=True)
-            if args.csv is not None:
+            if args.csv is not None and rows:
                 append(args.csv, [record(case, M, threads, row) for row in rows])
+            wrong += [f"{row.provider} {row.provider.dtype}" for row in rows if row.checked.inexact]
+    if wrong:
+        sys.exit(f"not timed, for it is not exact: {', '.join(dict.fromkeys(wrong))}")
 
 
 if __name__ == "__main__":

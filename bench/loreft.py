@@ -40,7 +40,7 @@ from peft_fast.bench.lora_linear import append
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-from peft_fast import LoReFTConfig, accelerate, get_reft_model
+from peft_fast import LoReFTConfig, get_reft_model
 from peft_fast.info import device_name, versions
 from peft_fast.orthonormal import OrthonormalRows
 from peft_fast.reft import import_pyreft
@@ -74,8 +74,20 @@ def make_base(args: argparse.Namespace) -> nn.Module:
     model = LlamaModel(config).to(args.device, DTYPES[args.dtype]).requires_grad_(False)
     if args.quant == "nf4":
         to_nf4(model)
-        accelerate(model)
+        make_fast(model)
     return model
+
+
+def make_fast(model: nn.Module) -> None:
+    """Fuses the 4-bit layers. Raises SystemExit where the packages that it takes are missing."""
+    try:
+        from peft_fast import accelerate
+    except ImportError as error:
+        raise SystemExit(
+            f"--quant nf4: expected what peft_fast.accelerate needs, got none ({error}): pip install peft "
+            "bitsandbytes"
+        ) from error
+    accelerate(model)
 
 
 class Pyreft(nn.Module):

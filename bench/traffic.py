@@ -42,7 +42,8 @@ TRITON, NARROW = 0.9, 0.5
 DECODE = 5.0
 
 # As in kernels/triton_kernels/configs.py: blocks of rows of a GEMM with the narrowest of columns, ranks and
-# rows of a thin product, partial sums of dZ, and the programs that other reductions are split for.
+# rows of a thin product, partial sums of dZ, and the programs that other reductions are split for. Not
+# imported from there, which takes Triton: tests/traffic_sizes.py compares them.
 TILES = ((16, 32), (64, 64), (128, 64))
 RANKS, THIN_ROWS = 32, 32
 CHUNKS, PROGRAMS, SPLITK_PROGRAMS = 8, 128, 512

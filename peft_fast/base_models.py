@@ -22,6 +22,7 @@ from .reft.files import replace_file
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
 
     from .config import TrainConfig
 
@@ -78,24 +79,31 @@ def load_tokenizer(config: TrainConfig, folder: Path) -> Any:
     return tokenizer
 
 
+def quantization(config: TrainConfig, *, head: bool) -> BitsAndBytesConfig:
+    """How the linear layers of a base become 4-bit ones, but not its `head` of classes, or its lm_head."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.quant,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[config.dtype],
+        llm_int8_skip_modules=list(HEADS) if head else ["lm_head"],
+    )
+
+
 def load_base(config: TrainConfig, folder: Path, label_names: list[str] | None, device: torch.device) -> Any:
     """The base model on `device`, its linear layers quantized except for the head.
 
     Raises:
         ValueError: a classification's model has no head that could be trained.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     dtype = DTYPES[config.dtype]
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "local_files_only": True}
     if config.quant != "none":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=config.quant,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["lm_head"] if label_names is None else list(HEADS),
-        )
+        options["quantization_config"] = quantization(config, head=label_names is not None)
     if label_names is None:
         return AutoModelForCausalLM.from_pretrained(folder, **options)
     ids = dict(enumerate(label_names))

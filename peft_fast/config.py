@@ -102,6 +102,7 @@ class TrainConfig:
         methods=("loreft",),
     )
     backend: str = option("auto", "Kernels to run: auto, or a name that `peft-fast info` lists.")
+    checkpointing: bool = option(False, "Run each block again in the backward pass.")
     stock: bool = option(
         False,
         "Train with PEFT's and bitsandbytes' own layers, for comparison; loreft keeps its edits, which "

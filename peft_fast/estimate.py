@@ -14,6 +14,7 @@ process, the device's context, fragmentation, the data, and the loading of weigh
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -101,7 +102,6 @@ def estimate(
     task: str | None = None,
     labels: int = 2,
     padding: bool | None = None,
-    checkpointing: bool = False,
     optimizer: str = "adamw",
     device: str | None = None,
     **options: Any,
@@ -115,10 +115,9 @@ def estimate(
         task: of `TASKS`; if None, classification for encoders and causal-lm for the others.
         labels: classes of a classification.
         padding: whether sequences are padded, so that attention gets a mask; if None, in a classification.
-        checkpointing: whether each block's forward pass is run again in the backward pass.
         optimizer: of `OPTIMIZERS`.
         device: of `DEVICES`; if None, cuda where there is one.
-        options: of `TrainConfig`: method, quant, dtype, r, target_modules and the like.
+        options: of `TrainConfig`: method, quant, dtype, r, target_modules, checkpointing and the like.
 
     Raises:
         ValueError, TypeError: an option is out of range or does not fit the model; the message names it.
@@ -145,8 +144,8 @@ def estimate(
     padding = task == "classification" if padding is None else padding
 
     net = fake_models.build(job, model_config, labels)
-    _check_length(net, seq)
-    if checkpointing:
+    _check_length(net, model_config, seq)
+    if job.checkpointing:
         if not net.supports_gradient_checkpointing:
             raise UnsupportedLayer(f"checkpointing: {type(net).__name__} has none")
         with warnings.catch_warnings():
@@ -200,10 +199,32 @@ def _usual_task(model_config: Any) -> str:
     return "classification" if type(model_config) in MODEL_FOR_MASKED_LM_MAPPING else "causal-lm"
 
 
-def _check_length(model: nn.Module, seq: int) -> None:
+def _check_length(model: nn.Module, model_config: Any, seq: int) -> None:
+    """Lets a step raise ValueError when it comes to a table of positions that is too short for its sequences.
+
+    Only a step tells which it comes to: a tower for images, which texts leave out, has a table of its own.
+    """
+    text = model_config.get_text_config()
+    if getattr(text, "position_embedding_type", "absolute") != "absolute":
+        return  # there may be a table that is not read, as in ESM-2
+    most = getattr(text, "max_position_embeddings", None) or math.inf
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and "position" in name and module.num_embeddings < seq:
-            raise ValueError(f"seq: expected at most {module.num_embeddings}, the rows of {name}, got {seq}")
+        if isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe")):
+            positions = int(min(most, module.num_embeddings - _first_position(module)))
+            if seq > positions:
+                reader = model.get_submodule(name.rpartition(".")[0])
+                reader.register_forward_pre_hook(partial(_refuse, name, positions, seq))
+
+
+def _first_position(table: nn.Embedding) -> int:
+    """The row of the first token: OPT's tables and their like have an offset, RoBERTa's row of padding."""
+    if isinstance(offset := getattr(table, "offset", None), int):
+        return offset
+    return 0 if table.padding_idx is None else table.padding_idx + 1
+
+
+def _refuse(name: str, positions: int, seq: int, *_: Any) -> None:
+    raise ValueError(f"seq: expected at most {positions}, the positions in {name}, got {seq}")
 
 
 # ------------------------------------------------------------------------------------------------- the step

@@ -24,6 +24,8 @@ from . import base_models
 from .norm_cache import COMPARED_BY_CONTENT, NormCache
 
 if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
     from .config import TrainConfig
 
 BLOCK, NESTED_BLOCK = 64, 256
@@ -47,26 +49,20 @@ def build(job: TrainConfig, model_config: Any, labels: int) -> Any:
         model = auto.from_config(model_config, dtype=base_models.DTYPES[job.dtype])
         model.tie_weights()
     if job.quant != "none":
-        _quantize(model, job, ["lm_head"] if causal else list(base_models.HEADS))
+        _quantize(model, job, base_models.quantization(job, head=not causal))
     adapter = base_models.adapter_config(job, "CAUSAL_LM" if causal else "SEQ_CLS")
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's, of weights without data
         return base_models.add_adapter(adapter, model).train()
 
 
-def _quantize(model: Any, job: TrainConfig, skip: list[str]) -> None:
-    """Makes 4-bit layers as `base_models.load_base` does, with weights of the right sizes and no data."""
-    from transformers import BitsAndBytesConfig
+def _quantize(model: Any, job: TrainConfig, settings: BitsAndBytesConfig) -> None:
+    """Makes 4-bit layers as transformers does with these settings, of the right sizes and without data."""
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
     dtype = base_models.DTYPES[job.dtype]
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=job.quant,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    replace_with_bnb_linear(model, [*skip, *(model._keep_in_fp32_modules or ())], settings)
+    skip = [*(settings.llm_int8_skip_modules or ()), *(model._keep_in_fp32_modules or ())]
+    replace_with_bnb_linear(model, skip, settings)
     model.is_loaded_in_4bit = True  # transformers' mark, which PEFT reads
     for layer in model.modules():
         if isinstance(layer, Linear4bit):

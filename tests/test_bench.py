@@ -6,6 +6,8 @@ import csv
 import importlib
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 import warnings
@@ -17,6 +19,7 @@ import torch
 
 from peft_fast import backends, reference
 from peft_fast.errors import BackendUnavailable
+from peft_fast.info import device_name, versions
 
 K, N, R = 128, 64, 4
 TINY = [
@@ -149,7 +152,7 @@ def growth_with_foreign_scratch() -> int:
 
 
 @pytest.mark.parametrize("wrong", ["y", "dX", "dA", "dB", "nan"])
-def test_nothing_is_timed_after_a_wrong_result(bench, tmp_path, monkeypatch, wrong):
+def test_what_is_inexact_is_not_timed_and_the_others_are(bench, tmp_path, monkeypatch, capsys, wrong):
     """One element of one result moves by a thousandth of the result's norm."""
 
     def corrupted(tensor, *names):
@@ -177,11 +180,26 @@ def test_nothing_is_timed_after_a_wrong_result(bench, tmp_path, monkeypatch, wro
     monkeypatch.setitem(
         backends.BACKENDS, "reference", backends.BACKENDS["reference"]._replace(load=lambda: Corrupt)
     )
-    monkeypatch.setattr(measure, "interleaved", lambda *args: pytest.fail("timed a wrong result"))
+    timed, interleaved = [], measure.interleaved
+    monkeypatch.setattr(
+        measure, "interleaved", lambda steps, *a: timed.extend(steps) or interleaved(steps, *a)
+    )
     name = "dX" if wrong == "nan" else wrong
-    with pytest.raises(measure.Inexact, match=f"reference.*M=5 .*{name}: relative error"):
-        run(bench, tmp_path, "--rows", "5", "--backend", "reference", "--dtype", "float32")
-    assert not (tmp_path / "rows.csv").exists()
+    options = ("--rows", "5", "--backend", "reference", "auto", "--dtype", "float32")
+    with pytest.raises(SystemExit, match=r"not timed, for it is not exact: ours lora\[reference\] float32$"):
+        run(bench, tmp_path, *options)
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        *others, row = csv.DictReader(file)
+    assert (row["backend"], row["p50"], row["ratio"], row["peak_bytes"]) == ("reference", "", "", "")
+    assert not float(row[f"error_{name}"]) <= 100 * float(row[f"plain_{name}"])
+    out = capsys.readouterr().out
+    assert re.search(
+        rf"^ +5 ours lora\[reference\] +float32 +not timed: {name}: relative error", out, re.MULTILINE
+    )
+    assert "reference" not in {provider.backend for provider in timed}
+    auto = backends.resolve("lora_linear", "nf4", "cpu", torch.float32)
+    assert {row["backend"] for row in others} == {auto, ""}
+    assert all(float(row["p50"]) > 0 and float(row["ratio"]) > 0 for row in others)
 
 
 def test_backends_that_cannot_run_are_refused(bench, tmp_path):
@@ -258,7 +276,11 @@ def test_the_norm_of_dora_is_measured(bench, tmp_path, capsys):
     norm.main(["--shape", "128", "64", "--rank", "4", "--seconds", "0", "--threads", "1", "--csv", str(path)])
     with path.open(newline="") as file:
         (row,) = csv.DictReader(file)
-    assert all(float(row[name]) > 0 for name in ("dequantize", "cold", "first", "cached", "peft", "ratio"))
+    ways = ("dequantize", "cold", "first", "cached", "peft")
+    assert all(float(row[name]) > 0 for name in (*(f"{way}_ms" for way in ways), "ratio"))
+    assert float(row["ratio"]) == pytest.approx(float(row["cold_ms"]) / float(row["dequantize_ms"]), rel=1e-4)
+    assert {name: row[name] for name in versions()} == {name: v or "" for name, v in versions().items()}
+    assert row["device"] == device_name("cpu")
     errors = {row["case"]: row for row in norm.error_rows(bench.Shape(128, 64, 4, "cpu"))}
     assert len(errors) == 5
     for case, row in errors.items():
@@ -266,6 +288,14 @@ def test_the_norm_of_dora_is_measured(bench, tmp_path, capsys):
         assert float(row["ours"]) <= max(4 * float(row["dense"]), 1e-6)
         assert (float(row["factored"]) > 1) == cancelled
     assert "cold / dequantize" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_norm_of_dora_is_not_measured_on_a_missing_gpu(capsys):
+    norm = importlib.import_module("peft_fast.bench.dora_norm")
+    with pytest.raises(SystemExit, match="2"):
+        norm.main(["--device", "cuda", "--shape", "128", "64"])
+    assert "--device: expected cpu, got cuda, which torch does not find here" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -293,3 +323,31 @@ def test_loreft_is_measured_beside_pyreft(bench, tmp_path, capsys, modules_resto
     assert "checked: hidden states" in out
     assert "0.1: ours" in out
     assert "pyreft 1.0e+00" in out
+
+
+WITHOUT_PEFT = """
+import argparse, sys
+sys.modules["peft"] = None
+from peft_fast.bench import loreft
+options = {"width": 64, "blocks": 1, "dtype": "float32", "device": "cpu"}
+print(type(loreft.make_base(argparse.Namespace(**options, quant="none"))).__name__)
+loreft.make_base(argparse.Namespace(**options, quant="nf4"))
+"""
+
+
+def test_loreft_needs_peft_for_4_bit_layers_alone():
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_PEFT]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "LlamaModel\n")
+    *_, last = done.stderr.splitlines()
+    assert last.startswith("--quant nf4: expected what peft_fast.accelerate needs, got none (")
+    assert last.endswith("): pip install peft bitsandbytes")
+
+
+def test_the_traffic_model_has_the_sizes_of_the_kernels():
+    """In a process of its own: this one may hold the sizes of Triton's interpreter."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).parent / "traffic_sizes.py")]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

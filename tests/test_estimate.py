@@ -14,7 +14,18 @@ from accelerate.utils import convert_outputs_to_fp32
 from bitsandbytes.nn import Linear4bit
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config
+from transformers import (
+    BertConfig,
+    BertModel,
+    EsmConfig,
+    Gemma3Config,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    RobertaConfig,
+    T5Config,
+)
 
 from peft_fast import accelerate, base_models, cli, fake_models, scratch
 from peft_fast.config import TrainConfig
@@ -26,6 +37,7 @@ BATCH, SEQ = 4, 64
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = LlamaConfig(vocab_size=1000, num_key_value_heads=2, **SIZES)
 BERT = BertConfig(vocab_size=500, max_position_embeddings=128, **{**SIZES, "num_hidden_layers": 1})
+TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 PEAK = 0.02  # of a step's allocations: a kernel's own are some kilobytes
 RESIDENT = 0.003  # of weights: bitsandbytes shares its 1 KiB table of nested codes between layers
 
@@ -244,7 +256,7 @@ def test_the_ledger_knows_what_was_there_at_the_peak():
     ("options", "message"),
     [
         ({"batch": 0}, "batch: expected at least 1, got 0"),
-        ({"seq": 129}, "seq: expected at most 128, the rows of .*position_embeddings, got 129"),
+        ({"seq": 129}, "seq: expected at most 128, the positions in .*position_embeddings, got 129"),
         ({"method": "vera"}, "method: expected one of lora, dora, loreft, got 'vera'"),
         ({"quant": "int8"}, "quant: expected one of nf4, fp4, none, got 'int8'"),
         ({"optimizer": "lion"}, "optimizer: expected one of adamw, sgd, got 'lion'"),
@@ -257,6 +269,55 @@ def test_the_ledger_knows_what_was_there_at_the_peak():
 def test_bad_options_are_named(folders, options, message):
     with pytest.raises(ValueError, match=message):
         estimate(folders / "bert", **{"batch": 1, "seq": 8, **options})
+
+
+POSITIONS = {
+    "roberta": RobertaConfig(vocab_size=99, max_position_embeddings=18, pad_token_id=1, **TINY),
+    "opt": OPTConfig(vocab_size=99, max_position_embeddings=16, ffn_dim=64, word_embed_proj_dim=32, **TINY),
+    "gpt2": GPT2Config(vocab_size=99, n_positions=16, n_embd=32, n_layer=1, n_head=2),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_as_many_tokens_fit_as_a_table_has_positions(tmp_path, name):
+    """RoBERTa's and OPT's tables have two rows that no token reads."""
+    POSITIONS[name].save_pretrained(tmp_path)
+    options = {"quant": "none", "r": 2, "device": "cpu"}
+    options |= {"target_modules": "c_attn"} if name == "gpt2" else {}
+    assert estimate(tmp_path, batch=1, seq=16, **options).peak > 0
+    with pytest.raises(ValueError, match=r"seq: expected at most 16, the positions in .*, got 17"):
+        estimate(tmp_path, batch=1, seq=17, **options)
+
+
+def test_a_tower_of_images_does_not_limit_texts(tmp_path):
+    text = {"vocab_size": 99, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 64, **TINY}
+    vision = {"image_size": 28, "patch_size": 14, "intermediate_size": 64, **TINY}
+    Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4).save_pretrained(tmp_path)
+    options = {"target_modules": "q_proj", "quant": "none"}
+    assert estimate(tmp_path, batch=1, seq=64, device="cpu", **options).peak > 0
+
+
+def test_a_table_of_positions_that_is_not_read_does_not_limit_texts(tmp_path):
+    EsmConfig(
+        vocab_size=33, max_position_embeddings=18, pad_token_id=1, mask_token_id=32, intermediate_size=64,
+        position_embedding_type="rotary", **TINY,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    assert estimate(tmp_path, batch=1, seq=64, device="cpu", quant="none").peak > 0
+
+
+def test_models_with_and_without_data_are_quantized_by_one_function(folders, monkeypatch):
+    settings = base_models.quantization(TrainConfig(), head=True)
+    settings.llm_int8_skip_modules = ["classifier", "query"]
+    monkeypatch.setattr(base_models, "quantization", lambda *_, **__: settings)
+    job = TrainConfig(task="classification", model=str(folders / "bert"), data="unread")
+    fake = fake_models.build(job, BertConfig.from_pretrained(folders / "bert"), labels=2).base_model.model
+    real = base_models.load_base(job, folders / "bert", ["no", "yes"], torch.device("cpu"))
+    for model in (fake, real):
+        layers = {
+            name.rpartition("attention.")[2] for name, m in model.named_modules() if isinstance(m, Linear4bit)
+        }
+        assert "self.query" not in layers
+        assert any("self.key" in name for name in layers)
 
 
 @pytest.mark.parametrize(
