@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from peft_fast.bench import layers, measure
 from peft_fast.bench.layers import DTYPES, Operands, by_layer, by_reference
-from peft_fast.bench.measure import Exactness, Step
+from peft_fast.bench.measure import Step
 from peft_fast.bench.providers import Pyreft, TorchAO, entry, is_dense
 from peft_fast.bench.registry import Case
 from torch import Tensor
@@ -27,6 +27,24 @@ SEED = 7
 Results = dict[str, Tensor]
 
 
+class Worst(NamedTuple):
+    """A result's relative error against fp64, that of plain PyTorch, and what it is judged by: `allowed`."""
+
+    result: str
+    error: float
+    plain: float
+    allowed: float
+
+
+def judge(name: str, result: str, got: Tensor, plain: Tensor, truth: Tensor) -> Worst:
+    """One result of a provider. Raises `measure.Inexact`."""
+    if entry(name).peer:
+        errors = measure.peer_exactness(f"{name}: {result}", got, plain, truth)
+        return Worst(result, *errors, measure.PEER_ERROR)
+    errors = measure.exactness(f"{name}: {result}", got, plain, truth)
+    return Worst(result, *errors, max(measure.FACTOR * errors.plain, measure.FLOOR[got.dtype]))
+
+
 class Checker:
     """The checks of one case; what providers have in common is computed once."""
 
@@ -35,8 +53,8 @@ class Checker:
         self._exact = functools.cache(functools.partial(layers.exact_weight, operands))
         self._defined: dict[torch.dtype, tuple[Results, Results]] = {}
 
-    def check(self, name: str, step: Step, only_x: Step) -> Exactness:
-        """The errors of the result that is furthest from what is allowed.
+    def check(self, name: str, step: Step, only_x: Step) -> Worst:
+        """The result that is nearest to what is allowed, those of `only_x` included.
 
         `only_x` is the same layer with frozen adapters. Raises `measure.Inexact`.
         """
@@ -50,14 +68,13 @@ class Checker:
             truth, plain = self._low_rank(step, name)
             torch.manual_seed(SEED)
             got = by_layer(method, step)
-        compare = measure.peer_exactness if entry(name).peer else measure.exactness
-        found = [compare(f"{name}: {what}", got[what], plain[what], truth[what]) for what in got]
+        found = [judge(name, what, got[what], plain[what], truth[what]) for what in got]
         if only_x is not step:
             torch.manual_seed(SEED)
             y = only_x.run().detach()
             for what, value in (("y", y), ("dX", only_x.x.grad)):
-                compare(f"{name}, adapters frozen: {what}", value, plain[what], truth[what])
-        return max(found, key=lambda errors: errors.error / (errors.plain or 1.0))
+                found.append(judge(name, f"{what}, adapters frozen", value, plain[what], truth[what]))
+        return max(found, key=lambda worst: worst.error / worst.allowed)
 
     def _dense(self, step: Step) -> tuple[Results, Results]:
         x, grad = _rows({"x": step.x.detach(), "grad": step.grad}).values()

@@ -26,7 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = ("bitsandbytes", "peft", "accelerate", "transformers", "pytest", "matplotlib", "rich", "typer",
-            "unsloth", "liger_kernel", "pyreft")  # fmt: skip
+            "unsloth", "liger_kernel", "torchao", "pyreft", "pyvene")  # fmt: skip
 
 
 def write(path: Path, text: str) -> None:

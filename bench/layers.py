@@ -100,11 +100,21 @@ def missing(kind: str) -> str | None:
     for package in NEEDS[kind]:
         try:
             importlib.import_module(package)
-        except ModuleNotFoundError:
-            return f"{package}: not installed"
         except Exception as error:  # Unsloth raises several kinds, without a GPU for one
-            return f"{package}: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            return absent(package, error)
     return None
+
+
+def absent(package: str, error: Exception) -> str:
+    """Why a package cannot be used, by what importing it raised, which may be about one that it needs."""
+    if isinstance(error, ModuleNotFoundError) and error.name == package:
+        return f"{package}: not installed"
+    return f"{package}: {said(error)}"
+
+
+def said(error: Exception) -> str:
+    """The kind of an error and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def make_layer(provider: Provider, operands: Operands, dropout: float = 0.0) -> nn.Module:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from peft_fast.formats import from_linear
 
@@ -305,16 +306,25 @@ def _saved_bytes(step: Step) -> int:
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
+        saved.update((storage.data_ptr(), storage.nbytes()) for storage in _storages(tensor))
         return tensor
 
     # The graph of y keeps what is saved alive, so that no address comes twice.
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = step.layer(step.x)
-    owned = {tensor.untyped_storage().data_ptr() for tensor in (step.x, *_held(step.layer))}
+    held = (storage for tensor in (step.x, *_held(step.layer)) for storage in _storages(tensor))
+    owned = {storage.data_ptr() for storage in held}
     del y
     return sum(size for address, size in saved.items() if address not in owned)
+
+
+def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """The memory of a tensor; of the tensors that a subclass, such as torchao's, is made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor.untyped_storage()
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _storages(getattr(tensor, name))
 
 
 def _held(layer: nn.Module) -> Iterator[Tensor]:

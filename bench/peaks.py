@@ -31,9 +31,14 @@ class Peak(NamedTuple):
         return 100 * max(work.flops / self.flops, work.bytes / self.bandwidth) / (1e-3 * milliseconds)
 
 
-def peak(device: str, dtype: str) -> Peak | None:
-    """For products of activations in a dtype; None for a GPU that bench/traffic.py does not know."""
-    return _of_gpu(dtype) if device == "cuda" else _of_cpu(dtype, torch.get_num_threads())
+def peak(device: str, dtype: str, cache: int | None = None) -> Peak | None:
+    """For products of activations in a dtype; None for a GPU that bench/traffic.py does not know.
+
+    `cache` is the size of a CPU's last level in bytes, None for what the system tells.
+    """
+    if device == "cuda":
+        return _of_gpu(dtype)
+    return _of_cpu(dtype, torch.get_num_threads(), cache or measure.last_level_cache(device))
 
 
 def _of_gpu(dtype: str) -> Peak | None:
@@ -47,12 +52,12 @@ def _of_gpu(dtype: str) -> Peak | None:
 
 
 @functools.cache
-def _of_cpu(dtype: str, threads: int) -> Peak:
+def _of_cpu(dtype: str, threads: int, cache: int) -> Peak:
     """The faster of a product in fp32 and in `dtype`, either of which may be used; and a sum over memory."""
     dtypes = {"float32", dtype} - {"float16"}
     tried = itertools.product(SIZES, dtypes)
     flops = max(2 * n**3 / _seconds(_product(n, name)) for n, name in tried)
-    size = 4 * measure.last_level_cache("cpu")
+    size = 4 * cache
     numbers = torch.ones(size // 4)
     return Peak(flops, size / _seconds(numbers.sum), "probe")
 

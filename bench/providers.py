@@ -15,8 +15,10 @@ write `cannot` and `layer` and add a row to `PROVIDERS`. Trained parameters come
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,7 +30,7 @@ from peft_fast.bench.registry import FORMATS, Case
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peft_fast import backends
+from peft_fast import backends, info
 from peft_fast.errors import BackendUnavailable
 
 ALONE = "unsloth"
@@ -168,20 +170,19 @@ class TorchAO(nn.Module):
 
 def _nf4_tensor() -> Any:
     """The module of torchao that has `NF4Tensor` and `linear_nf4`. Raises ImportError without one."""
-    quantization = importlib.import_module("torchao.quantization")
-    if not hasattr(quantization, "NF4Tensor"):
-        raise ImportError("torchao.quantization has no NF4Tensor")
-    return importlib.import_module(quantization.NF4Tensor.__module__)
+    for home in ("torchao.quantization", "torchao.dtypes"):  # of 0.18, and of releases before
+        kind = getattr(importlib.import_module(home), "NF4Tensor", None)
+        if kind is not None:
+            return importlib.import_module(kind.__module__)
+    raise ImportError("neither torchao.quantization nor torchao.dtypes has NF4Tensor")
 
 
 @functools.cache
 def _no_torchao() -> str | None:
     try:
         _nf4_tensor()
-    except ModuleNotFoundError:
-        return "torchao: not installed"
     except Exception as error:  # whatever a package does when it is imported
-        return f"torchao: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return layers.absent("torchao", error)
     return None
 
 
@@ -246,6 +247,17 @@ PROVIDERS: dict[str, Entry] = {
     "ours": _ours("auto"),
 }
 PEERS = ("peft", "peft-compile", "pyreft", "unsloth", "torchao")
+PACKAGES = ("pyreft", "pyvene", "torchao", "unsloth", "liger_kernel")
+"""Of peers, beside those that `info.versions` tells."""
+
+
+def versions() -> dict[str, str | None]:
+    """Of this library, what it builds on and the packages of peers; None where not installed."""
+    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return {**info.versions(), **found}
 
 
 def entry(name: str) -> Entry:

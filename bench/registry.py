@@ -170,13 +170,15 @@ def select(filters: Iterable[str] = DEFAULT) -> list[Case]:
     """The cases that any of the filters picks, in the order of the registry.
 
     Raises:
-        ValueError: a word matches no case, or a filter picks none.
+        ValueError: a filter has no word, a word matches no case, or a filter picks none.
     """
     parsed = {text: [word.split(",") for word in text.lower().split()] for text in filters}
     labels = _labels()
     every = frozenset().union(*labels.values())
     picked: set[Case] = set()
     for text, words in parsed.items():
+        if not words:
+            raise ValueError(f"--filter: expected words that each match a label, got {text!r}")
         wanted = [_matching(alternatives, every, text) for alternatives in words]
         found = {case for case, names in labels.items() if all(not names.isdisjoint(w) for w in wanted)}
         if not found:

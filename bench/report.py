@@ -279,7 +279,8 @@ def page(out: Path) -> tuple[list[str], list[str]]:
         lines += ["", "## LoReFT over the frozen model", "", *edits(found)]
     if found := read(out / "dora_norm.csv"):
         last = found[-1]
-        lines += ["", f"DoRA's norm on the CPU, K={last['K']} N={last['N']}: {float(last['cold_ms']):.2f} ms, "
+        sizes = f"K={last['K']} N={last['N']}"
+        lines += ["", f"DoRA's norm on the CPU, {sizes}: {float(last['cold_ms']):.2f} ms, "
                   f"PEFT's {float(last['peft_ms']):.2f} ms"]  # fmt: skip
     short = [*status, *(["", *aims] if aims else []), *(["", *layers.ratios()] if layers else [])]
     return lines, short

@@ -2,56 +2,69 @@
 
 from __future__ import annotations
 
+import datetime
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft_fast.bench import peaks, registry, suite
+from peft_fast.bench import peaks, records, registry, suite
 from peft_fast.bench.lora_linear import append
-from peft_fast.bench.providers import PEERS, PROVIDERS, entry
+from peft_fast.bench.providers import PEERS, PROVIDERS, entry, versions
 from peft_fast.bench.suite import Block, Options, Outcome
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from peft_fast.info import device_name, versions
+from peft_fast.info import device_name
 
 STEP = "forward+backward"
 QUICK_SECONDS = 1.0
 WIDE = 130
-IMPLIED = ("p20-p80", "GB/s", "GFLOP/s")
+MOST_MIB = 2**14
+SPARE = ("p20-p80", "GB/s", "GFLOP/s", "launches", "roof %", "peak MiB", "saved KiB", "dX", "forward")
+"""Columns in the order in which a narrow terminal drops them; those over peers follow."""
 
 
-def table(block: Block, device: str, wide: bool = True) -> Table:
+def table(block: Block, options: Options, width: int = WIDE) -> Table:
     """A row for each provider: milliseconds of a step, ratios, memory, and what share of the device was used.
 
     Ratios are medians over those of the fastest dense layer, then over a peer; below 1 is faster than that.
-    Without `wide`, columns that others imply are left out.
+    Columns of SPARE are left out until the others fit into `width` characters, so that none is cut.
     """
     peers = [peer for peer in PEERS if any(o.provider == peer for o in block.timed)]
-    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
-    found = Table(title=str(block.case), title_justify="left", title_style="bold", **style)
-    found.add_column("provider", no_wrap=True)
-    for i, outcome in enumerate(block.timed):
-        cells = row(block, outcome, peers, device)
-        if not wide:
-            cells = {title: text for title, text in cells.items() if title not in IMPLIED}
-        if i == 0:
-            for title in cells:
-                found.add_column(title, justify="right", no_wrap=True)
-        weight = "bold" if outcome.provider.startswith("ours") else None
-        found.add_row(escape(name(outcome)), *cells.values(), style=weight)
+    rows = {name(outcome): row(block, outcome, peers, options) for outcome in block.timed}
+    spare = [*SPARE, *(f"/ {peer}" for peer in reversed(peers))]
+    console = Console(width=10 * WIDE)
+    for dropped in range(len(spare) + 1):
+        found = _table(str(block.case), rows, set(spare[:dropped]))
+        if Measurement.get(console, console.options, found).maximum <= width:
+            break
     return found
 
 
-def row(block: Block, outcome: Outcome, peers: Sequence[str], device: str) -> dict[str, str]:
+def _table(title: str, rows: Mapping[str, Mapping[str, str]], without: Collection[str]) -> Table:
+    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
+    found = Table(title=title, title_justify="left", title_style="bold", **style)
+    found.add_column("provider", no_wrap=True)
+    titles = [title for title in next(iter(rows.values())) if title not in without]
+    for title in titles:
+        found.add_column(title, justify="right", no_wrap=True)
+    for provider, cells in rows.items():
+        weight = "bold" if provider.startswith("ours") else None
+        found.add_row(escape(provider), *(cells[title] for title in titles), style=weight)
+    return found
+
+
+def row(block: Block, outcome: Outcome, peers: Sequence[str], options: Options) -> dict[str, str]:
     """The cells of a provider by their titles."""
     spread, memory = outcome.spreads[STEP], outcome.memory
-    speeds = suite.speeds(block.case, outcome, STEP, device)
+    speeds = records.speeds(block.case, outcome, STEP, options)
     assert memory is not None
     return {
         "ms": f"{spread.p50:.3f}",
@@ -80,7 +93,7 @@ def ratio(value: float | None) -> str:
 def show(console: Console, block: Block, options: Options, known: set[tuple[str, str]]) -> None:
     """The table of a block, why others are not in it unless that is `known` already, and its A/A test."""
     if block.timed:
-        console.print(table(block, options.device, console.width >= WIDE))
+        console.print(table(block, options, console.width))
     else:
         console.print(f"[bold]{block.case}[/bold]: nothing was timed")
     for outcome in block.outcomes:
@@ -89,15 +102,29 @@ def show(console: Console, block: Block, options: Options, known: set[tuple[str,
         elif outcome.reason and (outcome.provider, outcome.reason) not in known:
             known.add((outcome.provider, outcome.reason))
             console.print(f"{outcome.provider} not run: {outcome.reason}", style="dim", markup=False)
-        if outcome.control:
-            p20, p50, p80 = outcome.control
-            verdict = "too noisy to say" if outcome.control.noisy else "1.00 is within"
-            itself = f"{outcome.provider} over itself: {p50:.2f} ({p20:.2f}-{p80:.2f}), {verdict}"
-            console.print(itself, style="dim", markup=False)
-    if block.noisy:
-        load = "" if block.load is None else f" (load {block.load:.1f})"
-        console.print(f"too noisy{load} to say: ratios of this case are not to be quoted", style="yellow")
+        if outcome.controls:
+            console.print(against_itself(outcome), style="dim", markup=False)
+    for line in noise(block):
+        console.print(line, style="yellow", markup=False)
     console.print()
+
+
+def against_itself(outcome: Outcome) -> str:
+    """The A/A test of a provider, each measure."""
+    parts = [f"{m} {c.p50:.2f} ({c.p20:.2f}-{c.p80:.2f})" for m, c in outcome.controls.items()]
+    return f"{outcome.provider} over itself: {', '.join(parts)}"
+
+
+def noise(block: Block) -> list[str]:
+    """For each cause, the measures that are too noisy to say."""
+    causes: dict[str, list[str]] = {}
+    for measured in block.noisy:
+        for cause in block.noise(measured):
+            causes.setdefault(cause, []).append(measured)
+    return [
+        f"too noisy to say: {', '.join(measures)} ({cause}); not to be quoted"
+        for cause, measures in causes.items()
+    ]
 
 
 def named_providers(text: str | None) -> list[str]:
@@ -118,11 +145,13 @@ def command(
     again: bool,
     csv: Path | None,
     listed: bool,
+    cache_mib: int | None,
 ) -> bool:
     """Runs `peft-fast bench`: whether nothing was red.
 
     Raises:
         ValueError: an option does not fit; the message names it.
+        OSError: the system does not tell the size of the caches.
     """
     cases = registry.select(filters or (registry.QUICK if quick else registry.DEFAULT))
     console = Console()
@@ -133,26 +162,34 @@ def command(
             console.print(f"{case}  ({' '.join(case.layers)})", soft_wrap=True, highlight=False)
         console.print(f"{len(cases)} of {sum(1 for _ in registry.cases())} cases")
         return True
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"--device: expected cpu, or cuda where torch sees a GPU, got {device!r}")
+    if seconds is None:
+        seconds = QUICK_SECONDS if quick else 4.0
+    cache = None if cache_mib is None else cache_mib * 2**20
+    options = Options(checked_device(device), seconds, again, compiled=not quick, cache=cache)
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"--seconds: expected a number that is at least 0, got {seconds}")
+    if cache_mib is not None and not 1 <= cache_mib <= MOST_MIB:
+        raise ValueError(f"--cache-mib: expected 1 to {MOST_MIB}, got {cache_mib}")
     names = named_providers(providers)
+    if csv is not None:
+        records.check_file(csv)
     if threads is not None:
         if threads < 1:
             raise ValueError(f"--threads: expected at least 1, got {threads}")
         torch.set_num_threads(threads)
-    if seconds is None:
-        seconds = QUICK_SECONDS if quick else 4.0
-    options = Options(device, seconds, again, compiled=not quick)
     warnings.filterwarnings("ignore", category=UserWarning)
     packages = ", ".join(f"{package} {version}" for package, version in versions().items() if version)
-    console.print(f"{device_name(device)}, {torch.get_num_threads()} threads; {packages}", highlight=False)
-    best = peaks.peak(device, cases[0].dtype)
+    console.print(
+        f"{device_name(options.device)}, {torch.get_num_threads()} threads; {packages}", highlight=False
+    )
+    best = peaks.peak(options.device, cases[0].dtype, cache)
     if best:
         console.print(
-            f"at best, by {best.source}: {1e-9 * best.flops:.0f} GFLOP/s, {1e-9 * best.bandwidth:.1f} GB/s\n",
+            f"at best, by {best.source}: {1e-9 * best.flops:.0f} GFLOP/s, {1e-9 * best.bandwidth:.1f} GB/s",
             highlight=False,
         )
+    least = str(datetime.timedelta(seconds=round(len(cases) * seconds)))
+    console.print(f"cases: {len(cases)}, to be timed for {least} h, and checked\n", highlight=False)
     done: list[Block] = []
     known: set[tuple[str, str]] = set()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -162,14 +199,24 @@ def command(
             done.append(block)
             show(console, block, options, known)
             if csv is not None:
-                append(csv, list(suite.records(block, options)))
+                append(csv, list(records.records(block, options)))
             if len(done) < len(cases):
                 progress.update(task, description=str(cases[len(done)]))
             progress.advance(task)
     red = [f"{block.case}: {o.provider}" for block in done for o in block.outcomes if o.red]
-    noisy = sum(block.noisy for block in done)
+    noisy = [block for block in done if block.noisy]
     if noisy:
-        console.print(f"{noisy} of {len(done)} cases were too noisy to say", style="yellow")
+        console.print(f"{len(noisy)} of {len(done)} cases were too noisy to say:", style="yellow")
+    for block in noisy:
+        console.print(f"  {block.case}: {', '.join(block.noisy)}", style="yellow", markup=False)
     for line in red:
         console.print(f"RED {line}", style="bold red", markup=False)
     return not red
+
+
+def checked_device(device: str | None) -> str:
+    """By default a GPU if any. Raises ValueError for what torch does not see."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device: expected cpu, or cuda where torch sees a GPU, got {device!r}")
+    return device

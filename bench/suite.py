@@ -4,50 +4,60 @@ A block is one case by all providers that run it. Each is checked against fp64 f
 that is not exact is red and has no figure. The others are then timed in turns, with cold caches: on a CPU by
 the host's monotonic clock, on a GPU between events while the host is ahead. Measures are the forward of a
 training step, forward + backward with every gradient, and dX, a backward to X alone with frozen adapters.
+A peer that raises, before or after its check, is left out with its error, and the others are timed anew; one
+of ours is red then, and without a frozen dense layer the whole case has no figure.
 
 `over_dense` is the median over that of the fastest frozen dense layer of the block, `over_PEER` over that
 peer's. A/A: one dense layer, or with `again` each provider, is timed a second time as if it were another.
-The machine is too noisy to say, and the block is marked, where 1.00 is not within the p20 to p80 of the
-second over the median of the first, where p80/p20 is above SPREAD, or where more runs than it has cores.
+A measure is too noisy to say, and marked, where 1.00 is not within the p20 to p80 of the second over the
+median of the first, where p80/p20 is above SPREAD, or where more runs than the machine has cores.
 """
 
 from __future__ import annotations
 
-import datetime
-import functools
 import gc
 import os
 import statistics
-import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from peft_fast.bench import measure, peaks, registry
-from peft_fast.bench.checks import Checker
-from peft_fast.bench.layers import Operands, Provider, Shape, make_operands, make_step
-from peft_fast.bench.measure import Exactness, Memory, Step
-from peft_fast.bench.providers import ALONE, PEERS, Entry, backend_of, entry, is_dense
+from peft_fast.bench import measure
+from peft_fast.bench.checks import Checker, Worst
+from peft_fast.bench.layers import Operands, Provider, Shape, make_operands, make_step, said
+from peft_fast.bench.measure import Memory, Step
+from peft_fast.bench.providers import ALONE, Entry, backend_of, entry, is_dense
 from peft_fast.bench.registry import FORMATS, MEASURES, Case
 from torch import Tensor, nn
 
 from peft_fast.errors import BackendUnavailable
-from peft_fast.info import device_name, versions
 
 SPREAD = 1.5
 SMALL = 128
 """Of the layer whose run, after a flush, brings a provider's code back into the caches, but no operand."""
 
+Key = tuple[str, str]
+"""A provider, with " again" for its second turn, and whether it takes "all" gradients or "dX"."""
+
 
 class Options(NamedTuple):
-    """`seconds` of timing for each block; `again` times every provider twice; `compiled` ones take long."""
+    """`seconds` of timing for each block; `again` times every provider twice; `compiled` ones take long.
+
+    `cache` is the size of the last-level cache in bytes, None for what the system tells.
+    """
 
     device: str = "cpu"
     seconds: float = 4.0
     again: bool = False
     compiled: bool = True
     cold: bool = True
+    cache: int | None = None
+
+    def flush(self) -> Callable[[], object] | None:
+        """What makes caches cold. Raises OSError where their size is not known."""
+        if not self.cold:
+            return None
+        return measure.cache_flush(self.device, self.cache or measure.last_level_cache(self.device))
 
 
 class Spread(NamedTuple):
@@ -67,22 +77,30 @@ class Control(NamedTuple):
     p80: float
 
     @property
-    def noisy(self) -> bool:
-        return not (self.p20 <= 1 <= self.p80 and self.p80 <= SPREAD * self.p20)
+    def noise(self) -> str | None:
+        """Why it does not equal itself; None where it does."""
+        if not self.p20 <= 1 <= self.p80:
+            return f"1.00 is not within {self.p20:.2f}-{self.p80:.2f}"
+        if not self.p80 <= SPREAD * self.p20:
+            return f"p80/p20 is {self.p80 / self.p20:.2f}, above {SPREAD}"
+        return None
 
 
 class Outcome(NamedTuple):
-    """A provider in a block; without figures there is a `reason`, and `red` where its results are wrong."""
+    """A provider in a block; without figures there is a `reason`, and `red` where results are wrong.
+
+    Spreads, and controls of a provider that was timed twice, are by measure.
+    """
 
     provider: str
     backend: str = ""
     reason: str | None = None
     red: bool = False
-    errors: Exactness | None = None
+    errors: Worst | None = None
     spreads: dict[str, Spread] = {}  # noqa: RUF012, never written
     memory: Memory | None = None
     launches: int | None = None
-    control: Control | None = None
+    controls: dict[str, Control] = {}  # noqa: RUF012, never written
 
 
 class Block(NamedTuple):
@@ -96,11 +114,19 @@ class Block(NamedTuple):
     def timed(self) -> list[Outcome]:
         return [outcome for outcome in self.outcomes if outcome.spreads]
 
+    def noise(self, measured: str) -> list[str]:
+        """What makes the ratios of a measure too noisy to say: providers unlike themselves, shared cores."""
+        controls = ((o.provider, o.controls[measured]) for o in self.timed if measured in o.controls)
+        found = [f"{name} over itself: {control.noise}" for name, control in controls if control.noise]
+        cores = os.cpu_count() or 1
+        if self.load is not None and self.load > cores + 0.5:
+            found.append(f"{self.load:.1f} tasks wanted {cores} cores")
+        return found
+
     @property
-    def noisy(self) -> bool:
-        """Whether a provider that was timed twice differs from itself, or the cores are shared."""
-        shared = self.load is not None and self.load > (os.cpu_count() or 1) + 0.5
-        return shared or any(outcome.control.noisy for outcome in self.outcomes if outcome.control)
+    def noisy(self) -> list[str]:
+        """The measures that are too noisy to say."""
+        return [measured for measured in MEASURES if self.timed and self.noise(measured)]
 
     def dense(self, measured: str) -> float | None:
         """Milliseconds of the fastest dense layer; None without one."""
@@ -122,7 +148,7 @@ class Ready(NamedTuple):
     step: Step
     only_x: Step
     small: Step | None
-    errors: Exactness
+    errors: Worst
 
 
 def reason_against(name: str, case: Case, names: Sequence[str], options: Options) -> str | None:
@@ -131,7 +157,7 @@ def reason_against(name: str, case: Case, names: Sequence[str], options: Options
     if name == ALONE and others:
         return "it changes other packages when it is imported: name it with dense providers alone"
     if entry(name).compiled and not options.compiled:
-        return "compiling takes longer than --quick allows"
+        return "compiling takes seconds: not with --quick, and with `pytest bench --compiled` alone"
     return entry(name).cannot(case, options.device)
 
 
@@ -146,7 +172,8 @@ def prepare(name: str, case: Case, operands: Operands, checker: Checker, device:
         only_x = _step(row, case, operands, device)
         only_x.layer.requires_grad_(False)
     errors = checker.check(name, step, only_x)
-    step = step._replace(factors=_factors(step.layer))
+    if not is_dense(name):
+        step = step._replace(factors=_factors(step.layer))
     small = None
     if device == "cpu" and not row.compiled:
         tiny = case._replace(K=SMALL, N=SMALL, R=min(case.R, SMALL))
@@ -173,75 +200,129 @@ def _operands(case: Case, device: str) -> Operands:
     return make_operands(Shape(case.K, case.N, case.R, device), *FORMATS[case.format])
 
 
+def failure(outcome: Outcome, error: Exception) -> Outcome:
+    """Of a provider that raised: a peer's error is its result; one of ours is red, as a wrong result is."""
+    if isinstance(error, measure.Inexact):
+        return outcome._replace(reason=str(error), red=True)
+    expected = entry(outcome.provider).peer or isinstance(error, BackendUnavailable | torch.OutOfMemoryError)
+    return outcome._replace(reason=said(error), red=not expected)
+
+
 def run(
     case: Case, names: Sequence[str], operands: Operands, options: Options, flush: Callable[[], object] | None
 ) -> Block:
     """Checks and times the providers of a case."""
-    checker, ready, outcomes = Checker(case, operands), {}, {}
+    checker = Checker(case, operands)
+    outcomes: dict[str, Outcome] = {}
+    ready: dict[str, Ready] = {}
+    lost: list[str] = []  # dense layers that failed
+
+    def fail(name: str, error: Exception) -> None:
+        outcomes[name] = failure(outcomes[name], error)
+        ready.pop(name, None)
+        lost.extend([name] if is_dense(name) else [])
+
     for name in names:
-        outcomes[name] = Outcome(name, _backend(name, case, options.device))
-        reason, red = reason_against(name, case, names, options), False
+        reason = reason_against(name, case, names, options)
+        outcomes[name] = Outcome(name, _backend(name, case, options.device), reason)
         if reason is None:
             try:
                 ready[name] = prepare(name, case, operands, checker, options.device)
-            except measure.Inexact as error:
-                reason, red = str(error), True
-            except Exception as error:  # a peer's failure is its result
-                if not entry(name).peer and not isinstance(error, BackendUnavailable):
-                    raise
-                reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-        outcomes[name] = outcomes[name]._replace(reason=reason, red=red)
+            except Exception as error:
+                fail(name, error)
     del checker
-    if not ready:
-        return Block(case, list(outcomes.values()))
-    first = next((name for name in ready if is_dense(name)), next(iter(ready)))
-    twice = list(ready) if options.again else [first]
-    samples = _samples(ready, twice, options, flush)
-    for name, found in ready.items():
-        forward, both, only_x = samples[name]
-        again = samples.get(f"{name} again")
-        outcomes[name] = outcomes[name]._replace(
-            errors=found.errors,
-            spreads=dict(zip(MEASURES, map(_spread, (forward, both, only_x)), strict=True)),
-            memory=measure.memory(found.step, options.device),
-            launches=measure.launches(found.step, options.device),
-            control=_control(both, again[1]) if again else None,
-        )
-    load = os.getloadavg()[0] if options.device == "cpu" else None
+    samples: Samples = {}
+    while ready and not lost and not samples:
+        turns = _turns(ready, options.again)
+        try:
+            samples = _samples(turns, ready, options, flush)
+        except Exception as error:
+            fail(turns.provider, error)
+    for name in [] if lost else list(ready):
+        try:
+            outcomes[name] = _measured(outcomes[name], ready[name], samples, options.device)
+        except Exception as error:
+            fail(name, error)
+    if lost:
+        reason = f"{lost[0]} failed, which ratios are over"
+        for name, outcome in outcomes.items():
+            if outcome.reason is None:
+                outcomes[name] = Outcome(name, outcome.backend, reason)
+    load = os.getloadavg()[0] if options.device == "cpu" and samples else None
     return Block(case, list(outcomes.values()), load)
 
 
-def _samples(
-    ready: dict[str, Ready], twice: Sequence[str], options: Options, flush: Callable[[], object] | None
-) -> dict[str, tuple[list[float], list[float], list[float]]]:
-    """By provider, "again" ones included: milliseconds of each measure."""
-    steps: dict[tuple[str, str], Step] = {}
-    for name, found in ready.items():
-        steps[name, "all"] = found.step
-        if found.only_x is not found.step:
-            steps[name, "dX"] = found.only_x
-    steps.update({(f"{name} again", "all"): ready[name].step for name in twice})
-    small = {name: found.small for name, found in ready.items()}
+class _Turns(Mapping[Key, Step]):
+    """Steps that know whose turn it is: an error is that provider's."""
 
-    def cold(key: tuple[str, str]) -> None:
-        if flush is not None:
-            flush()
-        if (step := small[key[0].removesuffix(" again")]) is not None:
-            step.run()
+    def __init__(self, steps: dict[Key, Step]) -> None:
+        self._steps = steps
+        self.provider = ""
+
+    def __getitem__(self, key: Key) -> Step:
+        self.provider = key[0].removesuffix(" again")
+        return self._steps[key]
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._steps)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+
+def _turns(ready: dict[str, Ready], again: bool) -> _Turns:
+    """Each provider once, then the first dense layer, or with `again` each, once more."""
+    first = next((name for name in ready if is_dense(name)), next(iter(ready)))
+    steps: dict[Key, Step] = {}
+    for suffix, names in (("", list(ready)), (" again", list(ready) if again else [first])):
+        for name in names:
+            steps[name + suffix, "all"] = ready[name].step
+            if ready[name].only_x is not ready[name].step:
+                steps[name + suffix, "dX"] = ready[name].only_x
+    return _Turns(steps)
+
+
+Samples = dict[str, dict[str, list[float]]]
+"""Milliseconds by provider, "again" ones included, and by measure."""
+
+
+def _samples(
+    turns: _Turns, ready: dict[str, Ready], options: Options, flush: Callable[[], object] | None
+) -> Samples:
+    def cold(key: Key) -> None:
+        make_cold(flush, ready[key[0].removesuffix(" again")].small)
 
     if options.device == "cuda":
-        taken = measure.device_samples(steps, options.seconds, flush or (lambda: None))
+        taken = measure.device_samples(turns, options.seconds, flush or (lambda: None))
     else:
-        taken = measure.host_samples(steps, options.seconds, options.device, cold)
-    return {
-        name: (
-            [forward for forward, _ in values],
-            [forward + backward for forward, backward in values],
-            [backward for _, backward in taken.get((name, "dX"), values)],
-        )
-        for (name, kind), values in taken.items()
-        if kind == "all"
-    }
+        taken = measure.host_samples(turns, options.seconds, options.device, cold)
+    found: Samples = {}
+    for (name, kind), values in taken.items():
+        if kind == "all":
+            only_x = taken.get((name, "dX"), values)
+            forward, both = [f for f, _ in values], [f + b for f, b in values]
+            found[name] = dict(zip(MEASURES, (forward, both, [b for _, b in only_x]), strict=True))
+    return found
+
+
+def make_cold(flush: Callable[[], object] | None, small: Step | None) -> None:
+    """Flushes the caches, then runs a provider's code once on other operands."""
+    if flush is not None:
+        flush()
+    if small is not None:
+        small.run()
+
+
+def _measured(outcome: Outcome, ready: Ready, samples: Samples, device: str) -> Outcome:
+    """With its times and memory."""
+    first, again = samples[outcome.provider], samples.get(f"{outcome.provider} again", {})
+    return outcome._replace(
+        errors=ready.errors,
+        spreads={measured: _spread(values) for measured, values in first.items()},
+        memory=measure.memory(ready.step, device),
+        launches=measure.launches(ready.step, device),
+        controls={measured: _control(first[measured], values) for measured, values in again.items()},
+    )
 
 
 def _spread(values: list[float]) -> Spread:
@@ -273,99 +354,20 @@ def blocks(cases: Sequence[Case], names: Sequence[str], options: Options) -> Ite
 
     Raises:
         ValueError: a provider is not known.
+        OSError: the size of the caches is not known.
     """
     for name in names:
         entry(name)
-    flush = None
-    if options.cold:
-        flush = measure.cache_flush(options.device, measure.last_level_cache(options.device))
+    flush = options.flush()
     made: tuple[tuple[Any, ...], Operands] | None = None
     for case in cases:
         key = (case.K, case.N, case.R, case.format)
         if made is None or made[0] != key:
             made = None  # so that two do not live at once
-            made = key, _operands(case, options.device)
+            try:
+                made = key, _operands(case, options.device)
+            except (ValueError, torch.OutOfMemoryError) as error:  # not without bitsandbytes, not on this GPU
+                yield Block(case, [Outcome(name, reason=said(error)) for name in names])
+                continue
         yield run(case, names, made[1], options, flush)
         gc.collect()
-
-
-@functools.cache
-def commit() -> str | None:
-    """The commit of the checkout that this file is in, "-dirty" where it was changed; None outside of one."""
-    folder = Path(__file__).parent
-
-    def git(*command: str) -> str:
-        done = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", "measure.py")
-        return git("describe", "--always", "--dirty", "--exclude=*")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def records(block: Block, options: Options) -> Iterator[dict[str, object]]:
-    """The lines of the CSV file: one for each provider and measure, one for a provider without figures.
-
-    Times in milliseconds, memory in bytes; empty where not known.
-    """
-    case = block.case
-    machine = {
-        "date": datetime.date.today(), "commit": commit(), "device": device_name(options.device),
-        **versions(), "threads": torch.get_num_threads(), "cold": options.cold,
-        **case._asdict(), "layers": " ".join(case.layers), "load": block.load, "noisy": block.noisy,
-    }  # fmt: skip
-    for outcome in block.outcomes:
-        for measured in MEASURES if outcome.spreads else ("",):
-            yield {**machine, **_figures(block, outcome, measured, options.device)}
-
-
-def _figures(block: Block, outcome: Outcome, measured: str, device: str) -> dict[str, object]:
-    step = measured == "forward+backward"
-    spread = outcome.spreads.get(measured)
-    memory = outcome.memory if step else None
-    rates = speeds(block.case, outcome, measured, device) if spread else Speeds()
-    numbers = {
-        **dict.fromkeys(("p20", "p50", "p80"), None),
-        **({name: getattr(spread, name) for name in ("p20", "p50", "p80")} if spread else {}),
-        "over_dense": block.over(outcome, "dense", measured) if spread else None,
-        **{f"over_{peer}": block.over(outcome, peer, measured) if spread else None for peer in PEERS},
-        "again": outcome.control.p50 if outcome.control and step else None,
-        "error": outcome.errors.error if outcome.errors else None,
-        "plain_error": outcome.errors.plain if outcome.errors else None,
-        **rates._asdict(),
-    }
-    return {
-        "provider": outcome.provider,
-        "backend": outcome.backend,
-        "measure": measured,
-        "red": outcome.red,
-        "reason": outcome.reason,
-        "samples": spread.samples if spread else None,
-        **{name: None if value is None else f"{value:.6g}" for name, value in numbers.items()},
-        "saved_bytes": memory.saved if memory else None,
-        "peak_bytes": memory.peak if memory else None,
-        "launches": outcome.launches if step else None,
-    }
-
-
-class Speeds(NamedTuple):
-    """Of the least work of a case (`registry.work`): what was reached, and the device's best (`peaks`)."""
-
-    gb_per_s: float | None = None
-    tflop_per_s: float | None = None
-    roofline_percent: float | None = None
-    best_gb_per_s: float | None = None
-    best_tflop_per_s: float | None = None
-
-
-def speeds(case: Case, outcome: Outcome, measured: str, device: str) -> Speeds:
-    dense = is_dense(outcome.provider)
-    dtype = (entry(outcome.provider).dtype if dense else None) or case.dtype
-    work = (registry.dense_work(case, dtype) if dense else registry.work(case))[measured]
-    milliseconds, best = outcome.spreads[measured].p50, peaks.peak(device, dtype)
-    reached = Speeds(1e-6 * work.bytes / milliseconds, 1e-9 * work.flops / milliseconds)
-    if best is None:
-        return reached
-    return Speeds(*reached[:2], best.percent(work, milliseconds), 1e-9 * best.bandwidth, 1e-12 * best.flops)

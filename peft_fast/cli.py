@@ -23,7 +23,7 @@ USER_ERRORS = (BackendUnavailable, UnsupportedLayer, UnsupportedWeight, ValueErr
 
 SIZING = (
     "method", "quant", "dtype", "r", "dropout", "target_modules",
-    "positions", "layers", "component", "share_weights", "stock",
+    "positions", "layers", "component", "share_weights", "checkpointing", "stock",
 )  # fmt: skip
 """The options of a job that its memory depends on."""
 
@@ -118,9 +118,6 @@ def estimate(
             show_default="in a classification",
         ),
     ] = None,
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Run each block again in the backward pass.")
-    ] = False,
     optimizer: Annotated[str, typer.Option(help="adamw or sgd.")] = "adamw",
     device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda if any")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,
@@ -137,7 +134,6 @@ def estimate(
         task=task,
         labels=labels,
         padding=padding,
-        checkpointing=checkpointing,
         optimizer=optimizer,
         device=device,
         **{name: value for name, value in flags.items() if value is not None},
@@ -183,9 +179,13 @@ def bench(
         typer.Option(
             "--filter",
             help="Words that each match a label of a case, as 'lora MiniLM-L6.* R=16 M=1,M=512'; repeatable.",
+            show_default="cases of two models; --list shows them",
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A few cases, in under a minute.")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Under a minute: few cases, if no --filter names them; no compilers."),
+    ] = False,
     providers: Annotated[
         str | None,
         typer.Option(help="Names with commas; ours[NAME] is a backend of ours.", show_default="all"),
@@ -195,15 +195,23 @@ def bench(
     seconds: Annotated[
         float | None, typer.Option(help="Of timing for each case.", show_default="4, 1 with --quick")
     ] = None,
+    cache_mib: Annotated[
+        int | None, typer.Option(help="Size of the last-level cache.", show_default="as the system tells")
+    ] = None,
     again: Annotated[bool, typer.Option("--aa", help="Time every provider against itself.")] = False,
-    csv: Annotated[Path | None, typer.Option(help="File to append to.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="File to append to, in a folder that exists.")] = None,
     listed: Annotated[bool, typer.Option("--list", help="Print the cases, run none.")] = False,
 ) -> None:
-    """Time adapted layers beside peers and the frozen dense layer; exit code 1 when one is not exact."""
+    """Time adapted layers beside peers and the frozen dense layer.
+
+    The exit code is 1 when a provider is not exact, or when ours or the dense layer fails.
+    """
     _prepare_libraries()
     from .bench import show
 
-    exact = show.command(filters or (), quick, providers, device, threads, seconds, again, csv, listed)
+    exact = show.command(
+        filters or (), quick, providers, device, threads, seconds, again, csv, listed, cache_mib
+    )
     if not exact:
         raise typer.Exit(1)
 

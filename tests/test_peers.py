@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -48,6 +49,36 @@ def test_unsloth_runs_alone_or_says_why_not(load, monkeypatch):
     with pytest.raises(ValueError, match="--providers: unsloth cannot run here: unsloth: not installed"):
         bench.selected(args)
     bench.layers.missing.cache_clear()
+
+
+def test_why_a_package_cannot_be_used(load):
+    absent = load("layers").absent
+    for error, text in (
+        (ModuleNotFoundError("No module named 'torchao'", name="torchao"), "torchao: not installed"),
+        (
+            ModuleNotFoundError("No module named 'x'", name="x"),
+            "torchao: ModuleNotFoundError: No module named 'x'",
+        ),
+        (RuntimeError("\n no GPU\nand more"), "torchao: RuntimeError: no GPU"),
+        (AssertionError(), "torchao: AssertionError: no message"),
+    ):
+        assert absent("torchao", error) == text
+
+
+@pytest.mark.parametrize("home", ["torchao.quantization", "torchao.dtypes"])
+def test_torchao_is_found_where_its_releases_have_it(load, monkeypatch, home):
+    providers = load("providers")
+    if importlib.util.find_spec("torchao") is None:
+        assert providers._no_torchao.__wrapped__() == "torchao: not installed"
+    kind = type("NF4Tensor", (), {"__module__": "torchao.nf4"})
+    for name in ("torchao", "torchao.quantization", "torchao.dtypes", "torchao.nf4"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    assert providers._no_torchao.__wrapped__() == (
+        "torchao: ImportError: neither torchao.quantization nor torchao.dtypes has NF4Tensor"
+    )
+    sys.modules[home].NF4Tensor = kind
+    assert providers._no_torchao.__wrapped__() is None
+    assert providers._nf4_tensor() is sys.modules["torchao.nf4"]
 
 
 @pytest.mark.parametrize("off", [0.0, 0.05])

@@ -60,7 +60,11 @@ def test_filters_pick_by_whole_labels(registry):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("lora MiniLM-L6.gate", "got 'minilm-l6.gate'"), ("loreft fp4", "that one case has together")],
+    [
+        ("", "a label, got ''"),
+        ("lora MiniLM-L6.gate", "got 'minilm-l6.gate'"),
+        ("loreft fp4", "that one case has together"),
+    ],
 )
 def test_a_filter_that_picks_nothing_is_refused(registry, text, message):
     with pytest.raises(ValueError, match=f"--filter: expected .*{message}"):
