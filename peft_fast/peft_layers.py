@@ -21,10 +21,11 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from .base_layers import FUSED_BASES, STOCK_BASES
+from .base_layers import FUSED_BASES, STOCK_BASES, check_storage
 from .modules import fused_base_forward, fused_dora_forward, fused_lora_forward
 from .norm_cache import NormCache, fold_scaling
 
@@ -34,6 +35,7 @@ _DENSE_BASES = frozenset((nn.Linear, Conv1D))
 _4BIT_BASES = frozenset((*FUSED_BASES, *STOCK_BASES))
 _LORA_PARTS: dict[str, type] = {"lora_A": nn.Linear, "lora_B": nn.Linear}
 _DORA_PARTS: dict[str, type] = {**_LORA_PARTS, "lora_magnitude_vector": DoraLinearLayer}
+_ADAPTER_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 _PLAIN_TENSORS: frozenset[type] = frozenset((Tensor, nn.Parameter, Params4bit, FakeTensor))
 
 
@@ -47,14 +49,15 @@ class _FusedForward(nn.Module):
     lora_variant: dict[str, Any]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        modules: dict[str, Any] = self._modules
+        base = modules["base_layer"]
+        check_storage(base)
         # PEFT hands mixed batches (adapter_names) and aLoRA offsets over as keyword arguments.
         if args or kwargs:
             return super().forward(x, *args, **kwargs)
         adapter, reason = choose(self)
         if reason is not None:
             return super().forward(x)
-        modules: dict[str, Any] = self._modules
-        base = modules["base_layer"]
         if adapter is None:
             return fused_base_forward(base, x, self.backend)
         lora_A, linear_B = modules["lora_A"]._modules[adapter].weight, modules["lora_B"]._modules[adapter]
@@ -96,6 +99,10 @@ class _FusedForward(nn.Module):
         super().unmerge()  # type: ignore[misc]  # PEFT's
         self.reset_norm()  # PEFT writes a dense weight through `.data`
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.reset_norm()  # under FSDP what is loaded goes into shards
+
     def reset_norm(self) -> None:
         """Has the next DoRA forward compute its norm: after writes that `norm_cache` does not notice."""
         self.norms.reset()
@@ -127,6 +134,8 @@ def choose(layer: Any) -> tuple[str | None, str | None]:
         return None, reason
     if _has_any_global_hook():
         return None, "a hook for all modules is registered"
+    if (reason := _transformed()) is not None:
+        return None, reason
     if layer._disable_adapters:
         if layer.merged_adapters:
             return None, "the adapters are disabled, and PEFT unmerges them first"
@@ -138,7 +147,7 @@ def choose(layer: Any) -> tuple[str | None, str | None]:
         return _base_alone(base, "no active adapter")
     if len(active) > 1:
         return None, f"several active adapters: {active}"
-    if not layer.cast_input_dtype_enabled:
+    if not getattr(layer, "cast_input_dtype_enabled", True):
         return None, "casting of the input is disabled"
     adapter = active[0]
     if (reason := method_reason(layer, adapter, layer.methods)) is not None:
@@ -149,8 +158,11 @@ def choose(layer: Any) -> tuple[str | None, str | None]:
         kind: type = type(part)
         if kind is not expected:
             return None, f"{name} is a {kind.__name__}, not a plain {expected.__name__}"
-        if type(part.weight) not in _PLAIN_TENSORS:
-            return None, f"the weight of {name} is a {type(part.weight).__name__}, not a plain tensor"
+        weight = part.weight
+        if type(weight) not in _PLAIN_TENSORS:
+            return None, f"the weight of {name} is a {type(weight).__name__}, not a plain tensor"
+        if weight.dtype not in _ADAPTER_DTYPES:
+            return None, f"the weight of {name} is {weight.dtype}"
         if (reason := _observed(name, part)) is not None:
             return None, reason
     if adapter in layer.lora_variant and modules["lora_B"]._modules[adapter].bias is not None:
@@ -190,13 +202,29 @@ def base_reason(base: Any) -> str | None:
         expected = "nn.Linear, Conv1D or bitsandbytes Linear4bit"
         return f"base_layer is a {type(base).__name__}, not exactly {expected}"
     if type(weight) not in _PLAIN_TENSORS:
-        return f"the weight of base_layer is a {type(weight).__name__}, not a plain tensor"
+        sharded = "; accelerate has to come before fully_shard" if type(weight).__name__ == "DTensor" else ""
+        return f"the weight of base_layer is a {type(weight).__name__}, not a plain tensor{sharded}"
+    if weight.is_meta:
+        return "the weight of base_layer is on the meta device"
     return None
 
 
 def _base_alone(base: nn.Module, reason: str) -> tuple[None, str | None]:
     """A dense base is called by PEFT's forward; a 4-bit one runs in the fused op."""
     return None, reason if type(base) in _DENSE_BASES else None
+
+
+def _transformed() -> str | None:
+    """What transforms PyTorch's ops now and knows no rule for the fused one; a compiler does."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is active, and the fused op has no rules for it"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is on, and the fused op has no rule for it"
+    if torch._C._is_tracing():
+        return "TorchScript is tracing, and what it writes has to run without this package"
+    return None
 
 
 def _observed(name: str, module: nn.Module) -> str | None:

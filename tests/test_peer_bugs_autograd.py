@@ -3,6 +3,7 @@
 import copy
 import gc
 import itertools
+import threading
 
 import pytest
 import torch
@@ -147,3 +148,29 @@ def test_copying_changes_nothing_and_loses_nothing(kind):
     original, copied = from_linear(layer.base_layer), from_linear(twin.base_layer)
     for field, a, b in zip(original._fields, original, copied, strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, field
+
+
+def test_a_forward_beside_another_thread_that_toggles_adapters(kind):
+    """The switch is the layer's, for all threads: a forward has the adapter or has not, and is never half."""
+    layer, x = one_layer(kind), inputs()
+    with torch.no_grad():
+        adapted = layer(x)
+        layer.enable_adapters(False)
+        base = layer(x)
+        stop = threading.Event()
+
+        def toggle():
+            enabled = True
+            while not stop.is_set():
+                layer.enable_adapters(enabled)
+                enabled = not enabled
+
+        toggling = threading.Thread(target=toggle)
+        toggling.start()
+        try:
+            outputs = [layer(x) for _ in range(200)]
+        finally:
+            stop.set()
+            toggling.join()
+    assert not torch.allclose(base, adapted)
+    assert all(torch.equal(y, base) or torch.equal(y, adapted) for y in outputs)

@@ -6,24 +6,19 @@ import pickle
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from peft_models import (
     accelerated,
     assert_same_model,
     dora_net,
-    fused_calls,
     inputs,
     lora_config,
     lora_layers,
-    rescale,
     run,
-    stock_net,
     tiny_bert,
     to_kind,
     unpacked,
 )
 from tolerances import relative_error
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_fast import UnsupportedLayer, accelerate, dora, explain, restore
@@ -89,18 +84,6 @@ def test_equals_peft_under_autocast(kind, dtype, p):
     assert_same_model(stock, accelerated(stock), inputs(dtype=dtype), autocast=True)
 
 
-@pytest.mark.parametrize("training", [(True, False), (False, True)])
-def test_dropout_needs_both_training_flags(kind, training):
-    """PEFT drops nothing unless the layer and its dropout module are in training mode."""
-    stock = dora_net(kind, lora_dropout=0.5)
-    for layer in lora_layers(stock):
-        layer.training, layer.lora_dropout["default"].training = training
-    fast = accelerated(stock)
-    assert_same_model(stock, fast, inputs(), calls=4)
-    x = inputs()
-    assert torch.equal(run(fast, x, seed=1)["y"], run(fast, x, seed=2)["y"])
-
-
 def test_under_no_grad_and_with_a_frozen_input(kind):
     stock = dora_net(kind, lora_dropout=0.1)
     fast, x = accelerated(stock), inputs()
@@ -138,65 +121,6 @@ def lora_and_dora(kind):
     return stock
 
 
-def test_switching_between_lora_and_dora(kind):
-    stock = lora_and_dora(kind)
-    fast = accelerated(stock)
-    for name, method in (("other", "lora"), ("default", "dora"), ("other", "lora"), ("default", "dora")):
-        stock.set_adapter(name)
-        fast.set_adapter(name)
-        assert f"{method} adapter {name!r}" in explain(lora_layers(fast)[0])
-        assert_same_model(stock, fast, inputs())
-
-
-def test_two_dora_adapters(kind):
-    stock = dora_net(kind)
-    stock.add_adapter("other", lora_config(r=3, use_dora=True))
-    for layer in lora_layers(stock):
-        rescale(layer, "other")
-    fast = accelerated(stock)
-    for name in ("other", "default", "other"):
-        stock.set_adapter(name)
-        fast.set_adapter(name)
-        assert_same_model(stock, fast, inputs())
-
-
-def test_a_dora_adapter_added_after_the_swap(kind):
-    stock = stock_net(kind)
-    fast = accelerated(stock)
-    for model in (stock, fast):
-        torch.manual_seed(5)
-        model.add_adapter("later", lora_config(r=5, use_dora=True))
-        model.set_adapter("later")
-    assert_same_model(stock, fast, inputs(), calls=4)
-
-
-def test_disable_adapter(kind):
-    stock = dora_net(kind)
-    fast, x = accelerated(stock), inputs()
-    with stock.disable_adapter(), fast.disable_adapter():
-        torch.testing.assert_close(fast(x), stock(x))
-    assert_same_model(stock, fast, x, calls=4)
-
-
-def state(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-@pytest.mark.parametrize("safe_merge", [False, True])
-def test_merging_and_unmerging_is_pefts(kind, safe_merge):
-    stock = dora_net(kind)
-    fast, x = accelerated(stock), inputs()
-    fast(x)
-    for model in (stock, fast):
-        model.merge_adapter(safe_merge=safe_merge)
-    assert all(torch.equal(value, state(fast)[name]) for name, value in state(stock).items())
-    torch.testing.assert_close(fast(x), stock(x))
-    for model in (stock, fast):
-        model.unmerge_adapter()
-    assert all(torch.equal(value, state(fast)[name]) for name, value in state(stock).items())
-    assert_same_model(stock, fast, x)
-
-
 def test_unmerging_forgets_the_norms_of_the_weight(norms):
     """PEFT adds the LoRA update to a dense weight through `.data`, and takes it off again."""
     fast, x = accelerated(lora_and_dora("dense")), inputs()
@@ -206,69 +130,6 @@ def test_unmerging_forgets_the_norms_of_the_weight(norms):
         layer.unmerge()
     fast(x)
     assert len(norms) == 4
-
-
-def test_merge_and_unload(kind):
-    stock = dora_net(kind).eval()
-    fast, x = accelerated(stock), inputs()
-    fast(x)
-    merged, expected = fast.merge_and_unload(), stock.merge_and_unload()
-    assert not lora_layers(merged)
-    for name, value in expected.state_dict().items():
-        assert torch.equal(value, merged.state_dict()[name]), name
-    assert torch.equal(merged(x), expected(x))
-
-
-def test_changed_scaling(kind):
-    stock = dora_net(kind)
-    fast = accelerated(stock)
-    assert_same_model(stock, fast, inputs())
-    for model in (stock, fast):
-        for layer in lora_layers(model):
-            layer.scale_layer(0.25)
-    assert_same_model(stock, fast, inputs(), calls=4)
-
-
-def test_a_tensor_as_scaling(kind):
-    """As PEFT prepares a model for swapping adapters under a compiler: padded ranks, scalings to fill in."""
-    stock = dora_net(kind)
-    fast = accelerated(stock)
-    for model in (stock, fast):
-        prepare_model_for_compiled_hotswap(model, target_rank=8)
-    assert_same_model(stock, fast, inputs(), calls=4)
-    for model in (stock, fast):
-        for layer in lora_layers(model):
-            layer.scaling["default"].fill_(0.5)
-    assert_same_model(stock, fast, inputs(), calls=4)
-    assert "scaling=0.5" in explain(lora_layers(fast)[0])
-
-
-def test_several_active_adapters_are_pefts(kind):
-    stock = lora_and_dora(kind)
-    fast, x, before = accelerated(stock), inputs(), fused_calls()
-    for model in (stock.eval(), fast.eval()):
-        model.base_model.set_adapter(["default", "other"])
-    torch.testing.assert_close(fast(x), stock(x))
-    assert fused_calls() == before
-
-
-def test_a_mixed_batch_is_refused_as_by_peft(kind):
-    fast = accelerated(dora_net(kind)).eval()
-    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when DoRA is enabled"):
-        fast(inputs(3, 5), adapter_names=["default", "__base__", "default"])
-
-
-def test_hooks_on_the_magnitude_are_called(kind):
-    stock = dora_net(kind)
-    fast, seen = accelerated(stock), []
-    layer = lora_layers(fast)[0]
-    magnitude = layer.lora_magnitude_vector["default"]
-    handle = magnitude.register_forward_hook(lambda *_: seen.append(1))
-    assert "lora_magnitude_vector has hooks" in explain(layer)
-    assert_same_model(stock, fast, inputs(), calls=2)
-    assert seen
-    handle.remove()
-    assert_same_model(stock, fast, inputs(), calls=3)
 
 
 # ---------------------------------------------------------------------------- accelerate, saving and copying
@@ -310,18 +171,6 @@ def test_restore_undoes_everything(kind):
     for name, module in model.named_modules():
         assert module.__dict__ == before[name], name
     assert expected.keys() == run(model, inputs()).keys()
-
-
-def test_state_dict_is_pefts_and_loading_is_noticed(kind):
-    stock, other = dora_net(kind), dora_net(kind)
-    fast, x = accelerated(stock), inputs()
-    fast(x)
-    assert list(stock.state_dict()) == list(fast.state_dict())
-    adapter = {name: value for name, value in other.state_dict().items() if "lora_" in name}
-    assert len(adapter) == 6
-    for model in (stock, fast):
-        model.load_state_dict(adapter, strict=False)
-    assert_same_model(stock, fast, x, calls=4)
 
 
 def test_saved_adapter_loads_in_stock_peft(kind, tmp_path):
@@ -384,13 +233,3 @@ def test_compiles_into_one_graph(kind, compiler):
         for layer in lora_layers(fast):
             layer.lora_A["default"].weight.data += 0.1
     torch._dynamo.reset()
-
-
-def test_a_parametrized_adapter_runs_in_pefts_forward(kind):
-    stock = dora_net(kind)
-    fast, x, before = accelerated(stock), inputs(), fused_calls()
-    for model in (stock, fast):
-        for layer in lora_layers(model):
-            nn.utils.parametrize.register_parametrization(layer.lora_A["default"], "weight", nn.Tanh())
-    torch.testing.assert_close(fast(x), stock(x))
-    assert fused_calls() == before

@@ -29,7 +29,6 @@ from peft_models import (
     unpacked,
 )
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from peft_fast import BackendUnavailable, LoRALinear, UnsupportedLayer, accelerate, explain, restore
 
@@ -39,37 +38,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ----------------------------------------------------------------------------------------- saving and copying
-
-
-def test_state_dict_is_pefts(kind):
-    stock = stock_net(kind)
-    fast = accelerated(stock)
-    assert list(stock.state_dict()) == list(fast.state_dict())
-    for name, value in stock.state_dict().items():
-        assert torch.equal(value, fast.state_dict()[name]), name
-    other = stock_net(kind)
-    if kind == "dense":
-        stock.load_state_dict(accelerated(other).state_dict(), strict=True)
-        fast.load_state_dict(other.state_dict(), strict=True)
-        assert_same_model(stock, fast, inputs(), calls=2)
-
-
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_copies_are_equal_and_independent(kind, how):
-    fast = accelerated(stock_net(kind)).eval()
-    if how == "deepcopy":
-        twin = copy.deepcopy(fast)
-    else:
-        file = io.BytesIO()
-        torch.save(fast, file)
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
-    x, before = inputs(), fused_calls()
-    expected = fast(x)
-    assert torch.equal(twin(x), expected)
-    assert fused_calls() == before + 4
-    lora_layers(twin)[0].lora_B["default"].weight.data += 1
-    assert torch.equal(fast(x), expected)
 
 
 def test_saved_adapter_loads_in_stock_peft(kind, tmp_path):
@@ -82,18 +50,6 @@ def test_saved_adapter_loads_in_stock_peft(kind, tmp_path):
     expected = model.eval()(tokens).last_hidden_state
     torch.testing.assert_close(loaded.eval()(tokens).last_hidden_state, expected)
     assert all(type(layer) is STOCK_CLASS[kind] for layer in lora_layers(loaded))
-
-
-def test_merge_and_unload(kind):
-    stock = stock_net(kind).eval()
-    fast = accelerated(stock)
-    merged, expected = fast.merge_and_unload(), stock.merge_and_unload()
-    assert not lora_layers(merged)
-    assert list(merged.state_dict()) == list(expected.state_dict())
-    for name, value in expected.state_dict().items():
-        assert torch.equal(value, merged.state_dict()[name]), name
-    x = inputs()
-    assert torch.equal(merged(x), expected(x))
 
 
 def test_eval_train_save_leaves_4bit_weights_alone():
@@ -131,21 +87,6 @@ def test_a_repacked_weight_is_left_with_the_reason():
     report = accelerate(stock)
     assert [row.status for row in report] == ["left", "fused"]
     assert "repacked in place" in report.left[0].reason
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(kind, reentrant):
-    fast, x = accelerated(stock_net(kind, lora_dropout=0.3)), inputs()
-    grads = []
-    for checkpointed in (False, True):
-        leaf = x.detach().requires_grad_()
-        fast.zero_grad()
-        torch.manual_seed(1)
-        y = checkpoint(fast, leaf, use_reentrant=reentrant) if checkpointed else fast(leaf)
-        y.square().sum().backward()
-        grads.append([y.detach(), leaf.grad, *(p.grad for p in fast.parameters() if p.requires_grad)])
-    assert len(grads[0]) == 6
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -274,6 +215,14 @@ def test_a_layer_with_its_own_forward_is_left():
     layer = lora_layers(model)[0]
     layer.forward = layer.forward
     assert "forward of its own" in accelerate(model).left[0].reason
+
+
+def test_a_model_on_the_meta_device_is_left():
+    model = stock_net("dense").to("meta")
+    with pytest.warns(UserWarning, match="0 layers fused, 2 left"):
+        report = accelerate(model)
+    assert {row.reason for row in report} == {"the weight of base_layer is on the meta device"}
+    assert accelerate(model.to_empty(device="cpu"), strict=True).fused
 
 
 def test_an_unquantized_4bit_layer_is_left():
