@@ -9,6 +9,8 @@ loreft saves the m edited rows of its input [m, d], Z [m, q] fp32, the packed ma
 the row indices and the small operands; the input itself, by reference, where it is edited whole. With a
 residual the rows are those of the sum, which is all that is kept of either.
 
+Second derivatives of lora_linear are those of the reference, in plain PyTorch; of loreft there are none.
+
 A formula is an `autograd.Function`. In plain eager it is applied as it is; whatever has to see a
 dispatcher op (`ops.runs_directly` decides) finds it registered at the op's Autograd key, where
 `torch.library.register_autograd` would walk the schema at every call, which costs more than a small layer.
@@ -21,9 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import ops, reft_ops
+from . import ops, reference, reft_ops
 from .formats import QuantizedWeight
 from .ops import WEIGHT_FIELDS
 from .reference import Gradients, Needs, ReftGradients, ReftNeeds, accumulation_dtype
@@ -61,13 +62,13 @@ class _LoraLinear(torch.autograd.Function):
         return y, z
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _grad_z: None) -> tuple[Tensor | None, ...]:
         _, needs_x, _, needs_bias, needs_A, needs_B, _, needs_out_scale, *_ = ctx.needs_input_grad
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         x, lora_A, lora_B, z, dropout_mask, out_scale, bias, y, *weight = ctx.saved_tensors
-        dx, d_A, d_B, dbias, d_out_scale = _lora_linear_backward(
+        formula = _differentiable_backward if torch.is_grad_enabled() else _lora_linear_backward
+        dx, d_A, d_B, dbias, d_out_scale = formula(
             grad, x, QuantizedWeight(*weight, *ctx.weight_meta), lora_A, lora_B, z, dropout_mask, out_scale,
             bias, y, Needs(needs_x, needs_A, needs_B, needs_bias, needs_out_scale), *ctx.scalars,
         )  # fmt: skip
@@ -99,6 +100,32 @@ def _lora_linear_backward(
             return ops.lora_linear_backward(grad, x, weight, *rest, needs, backend)
     grads = torch.ops.peft_fast.lora_linear_backward(grad, x, *weight, *rest, *needs, backend)
     return Gradients(*(g if needed else None for g, needed in zip(grads, needs, strict=True)))
+
+
+def _differentiable_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: QuantizedWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    _z: Tensor,
+    dropout_mask: Tensor | None,
+    out_scale: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    needs: Needs,
+    scaling: float,
+    dropout_p: float,
+    _backend: str,
+) -> Gradients:
+    """As `_lora_linear_backward`, for `create_graph`: by the reference, from Y and Z computed again."""
+    grad, rows = grad.reshape(-1, weight.out_features), x.reshape(-1, weight.in_features)
+    operands = (lora_A, lora_B, dropout_mask, out_scale, scaling, dropout_p)
+    again, z = reference.lora_linear(rows, weight, bias, *operands)
+    grads = reference.lora_linear_backward(
+        grad, rows, weight, lora_A, lora_B, z, dropout_mask, out_scale, bias, again, scaling, dropout_p, needs
+    )
+    return grads if grads.x is None else grads._replace(x=grads.x.reshape(x.shape))
 
 
 def lora_linear(
@@ -177,20 +204,46 @@ class _LoReFT(torch.autograd.Function):
         return out, z, kept
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         _, needs_h, needs_residual, _, *needs_operands = ctx.needs_input_grad[:7]
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         needs = ReftNeeds(needs_h or needs_residual, *needs_operands)
         kept, rows, projection, bias, basis, z, dropout_mask = ctx.saved_tensors
-        dh, *d_operands = _loreft_backward(
-            grad, kept, rows, projection, bias, basis, z, dropout_mask, needs, *ctx.scalars
-        )
+        with torch.no_grad():
+            grads = _loreft_backward(
+                grad, kept, rows, projection, bias, basis, z, dropout_mask, needs, *ctx.scalars
+            )
+        dh, *d_operands = _FirstOrder.link(grads, (grad, kept, projection, bias, basis))
         return (
             None, dh if needs_h else None, dh if needs_residual else None, None, *d_operands,
             None, None, None, None, None,
         )  # fmt: skip
+
+
+class _FirstOrder(torch.autograd.Function):
+    """Gradients as they are; raises where they are differentiated in turn.
+
+    torch's `once_differentiable` raises in a node of its own, which leads to no leaf, so that
+    `torch.autograd.grad` with respect to some leaves passes over it and is silently wrong.
+    """
+
+    @classmethod
+    def link(cls, grads: ReftGradients, sources: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """`grads`, as functions of `sources` that cannot be differentiated."""
+        if not torch.is_grad_enabled():
+            return grads
+        present = [grad for grad in grads if grad is not None]
+        linked = iter(cls.apply(len(present), *present, *sources))
+        return tuple(None if grad is None else next(linked) for grad in grads)
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(grad.view_as(grad) for grad in tensors[:count] if grad is not None)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise NotImplementedError("loreft: second derivatives are not implemented")
 
 
 def _loreft_backward(
@@ -284,7 +337,6 @@ class _TimesWeight(torch.autograd.Function):
         return product
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         weight = QuantizedWeight(*ctx.saved_tensors, *ctx.weight_meta)
         no_A, no_B = grad.new_empty(0, weight.in_features), grad.new_empty(weight.out_features, 0)
