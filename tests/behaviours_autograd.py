@@ -163,7 +163,7 @@ def saved_by_hooks(run: Run) -> None:
         run.step()
 
 
-@behaviour()
+@behaviour(lora_dropout=0.2)
 def selective_checkpointing(run: Run) -> None:
     """Products are kept, the rest is computed again."""
 
