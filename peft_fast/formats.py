@@ -286,8 +286,20 @@ def from_linear(layer: nn.Module) -> QuantizedWeight:
     if quant_state is None:
         quant_state = attributes.get("quant_state")
     if quant_state is not None or "quant_state" in attributes:
+        storage = attributes.get("quant_storage")
+        if storage is not None and storage.is_floating_point:
+            _check_storage(weight.dtype, storage)
         return from_bitsandbytes(weight, quant_state)
     return from_dense(weight.t() if is_conv1d(layer) else weight)
+
+
+def _check_storage(dtype: torch.dtype, storage: torch.dtype) -> None:
+    """Where the bytes lie in a floating dtype, FSDP's mixed precision may have cast them as if numbers."""
+    if dtype.is_floating_point and dtype is not storage:
+        raise UnsupportedWeight(
+            f"weight: expected packed bytes in {storage}, its quant_storage, got them cast to {dtype}; set "
+            f"param_dtype={storage} in FSDP's MixedPrecisionPolicy, or bnb_4bit_quant_storage to uint8"
+        )
 
 
 def code_table(format: str, device: torch.device | str | None = None) -> Tensor:

@@ -153,7 +153,8 @@ def dora_linear(
     no_A, no_B = x.new_empty(0, weight.in_features), x.new_empty(weight.out_features, 0)
     other = torch.where(keep, x * (1.0 - grown), x)
     rest = autograd.lora_linear(other, weight, bias, no_A, no_B, None, None, 1.0, 0.0, backend)
-    return rest.add_(adapted)
+    # Into an op's output only where nobody else, such as selective checkpointing, may have kept it.
+    return rest.add_(adapted) if ops.runs_directly((rest, adapted), ()) else rest + adapted
 
 
 def loreft(

@@ -374,6 +374,10 @@ class DoRALinear(LowRankLinear):
             backend=self.backend,
         )
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.reset_norm()  # under FSDP what is loaded goes into shards
+
     def reset_norm(self) -> None:
         """Has the next forward compute the norm: after writes that `norm_cache` does not notice."""
         self.norms.reset()

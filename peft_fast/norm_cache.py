@@ -12,7 +12,8 @@ Accumulation, evaluation and the recomputation of checkpoints reuse it. How a ch
 - A, B on the CPU: by content, against copies of them, so every write is seen, through `.data` too.
 - A, B elsewhere: by storage and version, without waiting for the device. A write through `.data` leaves no
   trace there; optimizers write so, therefore a step of any `torch.optim` optimizer counts as a change, by a
-  hook that the first norm kept on such a device registers. After other writes of that kind call `reset`.
+  hook that the first norm kept on such a device registers. After other writes of that kind call `reset`;
+  a write to a shard of FSDP is one, since gathering it leaves the version of the whole tensor as it was.
 - s: by value; a tensor as A and B.
 - The base weight and its statistics: by storage and version; on the CPU also by a few elements spread over
   it. Other writes through `.data` to a frozen weight need `reset`.

@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from .base_layers import FUSED_BASES, STOCK_BASES, check_storage
+from .base_layers import FUSED_BASES, STOCK_BASES
 from .modules import fused_base_forward, fused_dora_forward, fused_lora_forward
 from .norm_cache import NormCache, fold_scaling
 
@@ -51,7 +51,6 @@ class _FusedForward(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         modules: dict[str, Any] = self._modules
         base = modules["base_layer"]
-        check_storage(base)
         # PEFT hands mixed batches (adapter_names) and aLoRA offsets over as keyword arguments.
         if args or kwargs:
             return super().forward(x, *args, **kwargs)

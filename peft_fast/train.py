@@ -56,9 +56,11 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     tokenizer = base_models.load_tokenizer(config, folder)
     task = tasks.build(config, tokenizer)
     adapter = base_models.adapter_config(config, "CAUSAL_LM" if task.label_names is None else "SEQ_CLS")
-    checkpoint = _prepare_folder(config, console)
-    steps = config.steps or math.ceil(config.epochs * math.ceil(len(task.train) / config.batch_size))
-    arguments = _training_arguments(config, steps, label_names=task.label_names, use_cpu=not cuda)
+    arguments = _training_arguments(config, len(task.train), label_names=task.label_names, use_cpu=not cuda)
+    if not arguments.should_save:
+        console = Console(quiet=True)
+    with arguments.main_process_first(local=False):
+        checkpoint = _prepare_folder(config, console, writes=arguments.should_save)
 
     set_seed(config.seed)
     base = base_models.load_base(config, folder, task.label_names, arguments.device)
@@ -72,7 +74,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         model = base_models.add_adapter(adapter, base)
         layers = _make_fast(config, model, console)
 
-    progress = ProgressReport(steps, console, checkpoint)
+    progress = ProgressReport(arguments.max_steps, console, checkpoint)
     trainer = AdapterTrainer(
         model=model,
         args=arguments,
@@ -96,11 +98,12 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         "layers": layers,
         "examples": {"train": len(task.train), "eval": len(task.eval)},
     }
-    model.save_pretrained(config.folder / "adapter")
-    if isinstance(model, ReftModel):
-        base_models.save_head(model, config.folder / "adapter")
-    tokenizer.save_pretrained(config.folder / "adapter")
-    _write(config.folder, metrics)
+    if arguments.should_save:
+        model.save_pretrained(config.folder / "adapter")
+        if isinstance(model, ReftModel):
+            base_models.save_head(model, config.folder / "adapter")
+        tokenizer.save_pretrained(config.folder / "adapter")
+        _write(config.folder, metrics)
     _summarize(metrics, config, console)
     return metrics
 
@@ -115,8 +118,8 @@ def _silence_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
 
 
-def _prepare_folder(config: TrainConfig, console: Console) -> Path | None:
-    """Makes the run's folder ready, and returns the checkpoint to resume from, if any.
+def _prepare_folder(config: TrainConfig, console: Console, *, writes: bool) -> Path | None:
+    """Makes the run's folder ready if this process `writes`; returns the checkpoint to resume from, if any.
 
     Raises:
         ValueError: the folder holds an unfinished run and neither --resume nor --overwrite was given.
@@ -131,6 +134,8 @@ def _prepare_folder(config: TrainConfig, console: Console) -> Path | None:
         last = max(complete, key=lambda p: int(p.name.rpartition("-")[2]))
         console.print(f"Resuming from {last}.")
         return last
+    if not writes:
+        return None
     if checkpoints.is_dir() and not (folder / "metrics.json").is_file() and not config.overwrite:
         raise ValueError(
             f"output: expected a folder without an unfinished run, got {str(folder)!r} "
@@ -144,17 +149,16 @@ def _prepare_folder(config: TrainConfig, console: Console) -> Path | None:
 
 
 def _training_arguments(
-    config: TrainConfig, steps: int, *, label_names: list[str] | None, use_cpu: bool
+    config: TrainConfig, examples: int, *, label_names: list[str] | None, use_cpu: bool
 ) -> TrainingArguments:
+    """The options in transformers' words; of several processes each takes a batch at every step."""
     assert config.lr is not None, "TrainConfig sets the default of its method"
     arguments = TrainingArguments(
         output_dir=str(config.folder / "checkpoints"),
-        max_steps=steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=2 * config.batch_size,
         learning_rate=config.lr,
         weight_decay=config.weight_decay,
-        warmup_steps=round(config.warmup * steps),
         lr_scheduler_type="linear",
         eval_strategy="steps",
         eval_steps=config.eval_every,
@@ -165,16 +169,23 @@ def _training_arguments(
         seed=config.seed,
         bf16=config.dtype == "bf16",
         fp16=config.dtype == "fp16",
+        gradient_checkpointing=config.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         use_cpu=use_cpu,
         dataloader_pin_memory=not use_cpu,
         label_names=["labels"],
         prediction_loss_only=label_names is None,
         remove_unused_columns=False,
+        # Every process has as many labels in a batch; a classifier's loss, a mean already, would be scaled.
+        average_tokens_across_devices=False,
         disable_tqdm=True,
         report_to=[],
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # torch's DataParallel cannot copy packed weights
+    batches = math.ceil(examples / (config.batch_size * arguments.world_size))
+    arguments.max_steps = config.steps or math.ceil(config.epochs * batches)
+    arguments.warmup_steps = round(config.warmup * arguments.max_steps)
     return arguments
 
 
@@ -247,6 +258,7 @@ def _metrics(config: TrainConfig, model: Any, trainer: Trainer, progress: Progre
         "trainable_parameters": trainable,
         "total_parameters": total,
         "device": str(trainer.args.device),
+        "processes": trainer.args.world_size,
         "processor": cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": versions(),

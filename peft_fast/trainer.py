@@ -151,7 +151,9 @@ class ProgressReport(TrainerCallback, ExportableState):
         )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        Path(args.output_dir, f"checkpoint-{state.global_step}", COMPLETE).touch()
+        args.distributed_state.wait_for_everyone()  # each process writes its random state
+        if args.should_save:
+            Path(args.output_dir, f"checkpoint-{state.global_step}", COMPLETE).touch()
 
     def stop(self) -> None:
         self._bar.stop()

@@ -190,3 +190,13 @@ def test_the_schema_carries_the_fields_in_order():
 def test_mask_bits_are_lsb_first():
     mask = torch.tensor([[0b00000101, 0b1]], dtype=torch.uint8)
     assert reference.unpack_mask(mask, 9)[0].tolist() == [True, False, True, *[False] * 5, True]
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
+def test_packed_bytes_that_were_cast_as_numbers_are_refused(storage):
+    """As FSDP's mixed precision does to a weight whose bytes lie in a floating dtype."""
+    layer = bnb.nn.Linear4bit(64, 32, quant_type="nf4", quant_storage=storage).to("cpu")
+    assert formats.from_linear(layer).check().format == "nf4"
+    layer.weight.data = layer.weight.data.to(torch.float16)
+    with pytest.raises(UnsupportedWeight, match=rf"bytes in {storage}, .*, got them cast to torch.float16"):
+        formats.from_linear(layer)

@@ -135,7 +135,7 @@ def test_a_change_of_the_adapter_is_noticed(computed, by_content, kind, write):
     TRACED[write](layer)
     y = layer(x)
     layer(x)
-    assert computed == {"norm": 2, "squares": 1}
+    assert computed == {"norm": 2, "squares": 2 if write == "load_state_dict" else 1}
     assert torch.equal(y, fresh(layer, x))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedLayer
 from ..modules import check_base
 from ..orthonormal import OrthonormalRows, orthonormal_rows
-from .edit import LoReFT
+from .edit import LoReFT, is_fsdp_unit
 from .linear import edited_linear
 
 if TYPE_CHECKING:
@@ -276,18 +276,33 @@ def find_blocks(model: nn.Module, path: str | None) -> str:
     return largest
 
 
-def batched_bases(blocks: dict[int, Any]) -> dict[int, tuple[Tensor | None, ...]]:
-    """R of every edit of the blocks, those of one shape computed in one batch.
+def _sharded_within(block: Any) -> bool:
+    modules: list[Any] = [block]
+    for name in block.reft_component.split(".") if block.reft_component else ():
+        modules.append(modules[-1]._modules[name])
+    for edit in modules[-1].reft.values():
+        modules += (edit, edit.basis)
+    return any(map(is_fsdp_unit, modules))
 
-    None where the basis is a parameter, and where the block is checkpointed: it computes R in there, since
-    reentrant checkpointing would run backward through the shared batch once for each block.
+
+def batched_bases(
+    blocks: dict[int, Any], above: Iterable[nn.Module] = ()
+) -> dict[int, tuple[Tensor | None, ...]]:
+    """R of every edit of the blocks, those of one shape computed in one batch; `above` are around the blocks.
+
+    None where the basis is a parameter, and where the edit computes R itself: in a checkpointed block, since
+    reentrant checkpointing would run backward through the shared batch once for each block, and under FSDP,
+    which gathers parameters, and takes their gradients, in the call of a module.
     """
+    sharded = any(map(is_fsdp_unit, above))
     batches: dict[tuple[Any, ...], list[tuple[int, int, OrthonormalRows]]] = {}
     bases: dict[int, list[Tensor | None]] = {}
     for layer, block in blocks.items():
         edits = holder(block).reft
         bases[layer] = [None] * len(edits)
         if getattr(block, "gradient_checkpointing", False) and block.training:
+            continue
+        if sharded or _sharded_within(block):
             continue
         for i, edit in enumerate(edits.values()):
             if isinstance(edit.basis, OrthonormalRows):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +109,17 @@ class LoReFT(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"d={self.hidden_size}, r={len(self.bias)}"
         return f"{sizes}, variant={self.variant!r}, act={self.act!r}, dropout={self.dropout}"
+
+
+def is_fsdp_unit(module: object) -> bool:
+    """Whether `fully_shard` was called on it: its parameters are gathered in its own call alone."""
+    cls: Any = type(module)
+    return _made_by_fully_shard(cls)
+
+
+@functools.cache
+def _made_by_fully_shard(cls: type) -> bool:
+    return any(c.__name__ == "FSDPModule" for c in cls.__mro__)  # known without importing torch.distributed
 
 
 def _linear_weight(r: int, d: int) -> Tensor:

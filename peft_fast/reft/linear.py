@@ -29,7 +29,7 @@ from ..modules import (
 )
 from ..reference import accumulation_dtype
 from .config import VARIANTS, LoReFTConfig
-from .edit import LoReFT
+from .edit import LoReFT, is_fsdp_unit
 
 STRATEGIES = ("auto", "fold", "project")
 
@@ -139,7 +139,8 @@ def edited_linear(
     if strategy == "auto":
         N, K = base.out_features, base.in_features
         pays = N > K and x.numel() >= FOLD_FROM * K and x.device.type == "cpu"
-        strategy = "fold" if pays and rows is None and foldable(edit) else "project"
+        apart = is_fsdp_unit(edit) or is_fsdp_unit(edit.basis)
+        strategy = "fold" if pays and rows is None and not apart and foldable(edit) else "project"
     if strategy == "fold":
         lora_A, lora_B, increment = _folded(base, edit, edit.rows() if basis is None else basis, x.dtype)
         return fused_lora_forward(base, x, lora_A, lora_B, scaling=1.0, lora_bias=increment, backend=backend)

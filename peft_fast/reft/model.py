@@ -129,10 +129,15 @@ class ReftModel(Swapped, nn.Module):
     @property
     def reft_blocks(self) -> dict[int, Any]:
         """The edited blocks, by their index."""
-        blocks: Any = self
-        for name in self.reft_targets.path.split("."):
-            blocks = getattr(blocks, name)
+        blocks: Any = self._reft_path()[-1]
         return {i: blocks[i] for i in self.reft_targets.layers}
+
+    def _reft_path(self) -> list[nn.Module]:
+        """The modules from the model to the list of its blocks."""
+        path: list[nn.Module] = [self]
+        for name in self.reft_targets.path.split("."):
+            path.append(getattr(path[-1], name))
+        return path
 
     @property
     def edits(self) -> dict[str, LoReFT]:
@@ -229,7 +234,7 @@ class ReftModel(Swapped, nn.Module):
             return Plan(None)
         else:
             shape, rows = self._rows(given, prompt_lengths, past)
-        bases = batched_bases(self.reft_blocks)
+        bases = batched_bases(self.reft_blocks, self._reft_path())
         return Plan({i: BlockInputs(shape, rows, bases[i]) for i in self.reft_targets.layers})
 
     def _rows(
