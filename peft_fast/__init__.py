@@ -18,6 +18,8 @@ _HOME = {
     "QuantizedWeight": "formats",
     "from_bitsandbytes": "formats",
     "from_dense": "formats",
+    "AdapterLinear": "adapter_linear",
+    "SharedFactors": "adapter_linear",
     "DoRALinear": "modules",
     "LoRALinear": "modules",
     "dequantize": "functional",
@@ -32,11 +34,12 @@ _HOME = {
     "PeftFastCallback": "callback",
     "accelerate": "swap",
     "convert": "conversion",
-    "quantize": "conversion",
+    "quantize": "quantization",
     "restore": "swap",
     "explain": "explanation",
 }
 __all__ = [
+    "AdapterLinear",
     "BackendUnavailable",
     "DoRALinear",
     "LoRALinear",
@@ -46,6 +49,7 @@ __all__ = [
     "PeftFastCallback",
     "QuantizedWeight",
     "ReftModel",
+    "SharedFactors",
     "UnsupportedLayer",
     "UnsupportedWeight",
     "accelerate",
@@ -63,13 +67,15 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .adapter_linear import AdapterLinear, SharedFactors
     from .callback import PeftFastCallback
-    from .conversion import convert, quantize
+    from .conversion import convert
     from .errors import BackendUnavailable, UnsupportedLayer, UnsupportedWeight
     from .explanation import explain
     from .formats import QuantizedWeight, from_bitsandbytes, from_dense
     from .functional import dequantize, dora_linear, lora_linear, loreft
     from .modules import DoRALinear, LoRALinear
+    from .quantization import quantize
     from .reft import LoReFT, LoReFTConfig, LoReFTLinear, ReftModel, get_reft_model
     from .swap import accelerate, restore
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -19,8 +19,9 @@ class PeftFastCallback(TrainerCallback):
     """Swaps the fused layers into the model of a trainer, `Trainer(..., callbacks=[PeftFastCallback()])`.
 
     That happens where the trainer is made, so before anything is evaluated, trained or wrapped, and once more
-    at the start of training for a model that came later, as from `model_init`. The layers stay fused
-    afterwards; `restore(model)` undoes it. What was fused, and why the rest was not, is logged; see `report`.
+    at the start of each training, for layers and models that came later, as from `model_init`. The layers
+    stay fused afterwards; `restore(model)` undoes it. `report` says what was fused; what was not is logged as
+    a warning.
 
     Args:
         options: of `accelerate`: `methods`, `strict`, `backend`.
@@ -30,21 +31,26 @@ class PeftFastCallback(TrainerCallback):
     """
 
     report: Report | None = None
-    """What `accelerate` did to the present model."""
+    """What `accelerate` did last."""
 
     def __init__(self, **options: Any) -> None:
         self.options = options
-        self._swapped: weakref.ref[nn.Module] | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._swap(kwargs["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._swap(kwargs["model"])
+        if self.report is None or not _is_sharded(kwargs["model"]):
+            self._swap(kwargs["model"])
 
     def _swap(self, model: nn.Module | None) -> None:
-        if model is None or (self._swapped is not None and self._swapped() is model):
+        if model is None:  # made later, by `model_init`
             return
-        self.report = accelerate(model, **self.options)
-        self._swapped = weakref.ref(model)
-        logger.info(str(self.report))
+        before, self.report = self.report, accelerate(model, **self.options)
+        if self.report.left and str(before) != str(self.report):
+            logger.warning(f"PeftFastCallback: {self.report}")
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP has the parameters by now: layers swapped before that stay fused, others cannot be."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -128,7 +128,7 @@ def choose(layer: Any) -> tuple[str | None, str | None]:
     """
     modules = layer._modules
     base, lora_A = modules["base_layer"], modules["lora_A"]._modules
-    reason = base_reason(base) or _observed("base_layer", base)
+    reason = base_reason(base) or observed("base_layer", base)
     if reason is not None:
         return None, reason
     if _has_any_global_hook():
@@ -162,14 +162,14 @@ def choose(layer: Any) -> tuple[str | None, str | None]:
             return None, f"the weight of {name} is a {type(weight).__name__}, not a plain tensor"
         if weight.dtype not in _ADAPTER_DTYPES:
             return None, f"the weight of {name} is {weight.dtype}"
-        if (reason := _observed(name, part)) is not None:
+        if (reason := observed(name, part)) is not None:
             return None, reason
     if adapter in layer.lora_variant and modules["lora_B"]._modules[adapter].bias is not None:
         return None, "lora_B has a bias, under DoRA"
     dropout = modules["lora_dropout"]._modules[adapter]
     if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
         return None, f"lora_dropout is a {type(dropout).__name__}, not nn.Dropout or nn.Identity"
-    reason = _observed("lora_dropout", dropout)
+    reason = observed("lora_dropout", dropout)
     return (adapter, None) if reason is None else (None, reason)
 
 
@@ -226,7 +226,7 @@ def _transformed() -> str | None:
     return None
 
 
-def _observed(name: str, module: nn.Module) -> str | None:
+def observed(name: str, module: nn.Module) -> str | None:
     """What is attached to the call of `module`, which fusing would skip."""
     if (
         module._forward_hooks

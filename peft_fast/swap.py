@@ -71,8 +71,7 @@ def accelerate(
     """
     if isinstance(methods, str) or not methods or not set(methods) <= set(ALL):
         raise ValueError(f"methods: expected a tuple of {ALL}, got {methods!r}")
-    if backend != "auto" and backend not in backends.BACKENDS:
-        raise ValueError(f"backend: expected 'auto' or one of {list(backends.BACKENDS)}, got {backend!r}")
+    check_backend(backend)
     modules = dict(model.named_modules())
     rows = []
     for name, module in modules.items():
@@ -104,6 +103,12 @@ def accelerate(
     if report.fused:
         _protect_from_repacking(modules.values())
     return report
+
+
+def check_backend(backend: str) -> None:
+    """Raises `ValueError` for a name that is not known."""
+    if backend != "auto" and backend not in backends.BACKENDS:
+        raise ValueError(f"backend: expected 'auto' or one of {list(backends.BACKENDS)}, got {backend!r}")
 
 
 def restore(model: nn.Module) -> int:

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from peft_fast import PeftFastCallback, UnsupportedLayer, restore
+from peft_fast.peft_layers import STOCK
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,13 +80,34 @@ def test_a_model_made_for_each_training_is_swapped(tmp_path):
     assert {layer.backend for layer in lora_layers(it.model)} == {"cpu-scalar"}
 
 
-def test_a_second_training_finds_the_layers_swapped(tmp_path):
+def test_what_came_after_the_trainer_was_made_is_swapped_at_the_start_of_training(tmp_path):
     callback = PeftFastCallback()
-    it = trainer(adapted("dense"), tmp_path, callbacks=[callback])
-    report = callback.report
+    model = adapted("dense")
+    it = trainer(model, tmp_path, callbacks=[callback])
+    assert len(callback.report.fused) == 10
+    restore(model)
+    model.add_adapter("more", LoraConfig(r=2, target_modules=["key"]))
     it.train()
+    assert len(callback.report.fused) == 12
+    assert all(type(layer) in STOCK for layer in lora_layers(model))
+
+
+def test_layers_swapped_before_they_are_sharded_stay_fused(tmp_path, monkeypatch):
+    model = adapted("dense")
+    it = trainer(model, tmp_path, callbacks=[PeftFastCallback()])
+    monkeypatch.setattr("peft_fast.callback._is_sharded", lambda of: of is model)
+    monkeypatch.setattr("peft_fast.callback.accelerate", lambda *_, **__: pytest.fail("swapped again"))
     it.train()
-    assert callback.report is report
+    assert all(type(layer) in STOCK for layer in lora_layers(model))
+
+
+def test_what_is_left_is_a_warning(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("peft_fast.callback.logger.warning", told.append)
+    config = LoraConfig(r=2, target_modules=["query", "word_embeddings"])
+    trainer(get_peft_model(tiny_bert(), config), tmp_path, callbacks=[PeftFastCallback()])
+    assert len(told) == 1
+    assert "Embedding has no fused counterpart" in told[0]
 
 
 def test_added_later_it_swaps_at_the_start_of_training(tmp_path):

@@ -1,19 +1,25 @@
 """convert and quantize: from a model of nn.Linear layers to a fused, quantized, adapted one."""
 
 import copy
+import threading
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
 from peft_models import fused_calls, lora_layers, tiny_bert, unpacked
 from torch import nn
 from transformers import (
     BertForSequenceClassification,
+    EsmForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from peft_fast import ReftModel, UnsupportedLayer, convert, dequantize, explain, quantize
@@ -37,6 +43,22 @@ def plain():
 
 def state(model):
     return {name: (type(module), *map(id, module.parameters())) for name, module in model.named_modules()}
+
+
+class Odd(nn.Module):
+    """Every kind of linear layer that stays as it is, and one that does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept, self.tied, self.first, self.twice, self.read = (nn.Linear(8, 8) for _ in range(5))
+        self.tied.weight = self.first.weight
+        self.again = self.twice
+        self.empty, self.wide = nn.Linear(0, 8), nn.Linear(8, 8).double()
+        self.score, self.skipped = nn.Linear(8, 2), nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2)
+
+    def forward(self, x):
+        return nn.functional.linear(self.kept(x), self.read.weight)
 
 
 def moved(model):
@@ -128,15 +150,90 @@ def test_a_model_loaded_in_4_bits_keeps_its_weights():
         ({"target_modules": ["q_proj", "input_layernorm"]}, ValueError, "not supported"),
         ({"compute_dtype": torch.int8}, ValueError, "compute_dtype: expected None or one of"),
         ({"skip_modules": "q_proj"}, TypeError, "skip_modules: expected a collection of names"),
+        ({"r": True}, ValueError, "r: expected a positive integer, got True"),
+        ({"backend": "warp"}, ValueError, "backend: expected 'auto' or one of"),
     ],
 )
-def test_bad_options_change_nothing(options, error, message):
+@pytest.mark.parametrize("start", ["dense", "4 bits"])
+def test_bad_options_change_nothing(options, error, message, start):
     model = llama()
-    before = state(model)
+    if start == "4 bits":
+        quantize(model)
+    before, marked = state(model), hasattr(model, "is_loaded_in_4bit")
     with pytest.raises(error, match=message):
         convert(model, **options)
     assert state(model) == before
-    assert not hasattr(model, "is_loaded_in_4bit")
+    assert hasattr(model, "is_loaded_in_4bit") == marked
+
+
+def test_a_target_that_cannot_be_adapted_changes_nothing_of_a_dense_base_either():
+    model = llama()
+    before = state(model)
+    with pytest.raises(ValueError, match="not supported"):
+        convert(model, quant=None, target_modules=["q_proj", "input_layernorm"])
+    assert state(model) == before
+
+
+def test_a_model_that_cannot_be_copied_is_converted():
+    model = plain()
+    model.lock = threading.Lock()
+    assert len(lora_layers(convert(model, r=2))) == 2
+
+
+def test_a_tensor_that_is_no_parameter_is_not_copied():
+    model = plain()
+    model.table = model[0].weight * 2.0  # not a leaf, so deepcopy would raise
+    assert convert(model, r=2).base_model.model.table is model.table
+
+
+def test_models_with_adapters_are_refused():
+    model = convert(plain(), r=2)
+    before = state(model)
+    for change in (convert, quantize):
+        with pytest.raises(UnsupportedLayer, match="expected one without adapters, got a FusedLinear4bit"):
+            change(model)
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("exclude", [["projector"], r".*projector"])
+def test_what_users_exclude_is_excluded_beside_what_is_read(exclude):
+    given = [*exclude, "kept"] if isinstance(exclude, list) else f"{exclude}|kept"
+    model = convert(Odd(), quant=None, r=2, exclude_modules=given)
+    adapted = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    assert adapted.isdisjoint({"kept", "read", "out_proj"})
+    assert "first" in adapted
+
+
+def test_layers_that_cannot_be_fused_are_told():
+    with pytest.warns(UserWarning, match=r"convert: (.*\n)*.*Embedding has no fused"):
+        convert(llama(), target_modules=["q_proj", "embed_tokens"], r=2)
+
+
+@pytest.mark.parametrize("method", ["lora", "loreft"])
+@pytest.mark.parametrize("make", [RobertaForSequenceClassification, EsmForSequenceClassification])
+def test_a_head_of_several_layers_is_trained_and_not_quantized(make, method):
+    config = make.config_class(
+        vocab_size=50, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128,
+        pad_token_id=1, mask_token_id=4,
+    )  # fmt: skip
+    base = make(config)
+    model = convert(base, method=method, r=2, **({"task_type": "SEQ_CLS"} if method == "lora" else {}))
+    heads = [m for n, m in model.named_modules() if "classifier" in n and isinstance(m, nn.Linear)]
+    assert heads
+    assert {type(m) for m in heads} == {nn.Linear}
+    logits = model(input_ids=TOKENS).logits
+    logits.square().sum().backward()
+    if method == "lora":
+        trained = [m for name, m in model.named_modules() if name.endswith("default.out_proj")]
+        assert trained[0].weight.grad is not None
+
+
+def test_a_module_that_is_trained_whole_is_not_quantized():
+    model = convert(llama(), r=2, modules_to_save=["mlp"])
+    mlp = model.base_model.model.model.layers[0].mlp.modules_to_save["default"]
+    assert type(mlp.up_proj) is nn.Linear
+    assert mlp.up_proj.weight.requires_grad
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
 
 
 # --------------------------------------------------------------------------------------------------- quantize
@@ -156,22 +253,6 @@ def test_quantized_weights_are_bitsandbytes_own():
     )
     assert torch.equal(layer.weight.data, packed)
     assert torch.equal(layer.weight.quant_state.absmax, quant_state.absmax)
-
-
-class Odd(nn.Module):
-    """Every kind of linear layer that stays as it is, and one that does not."""
-
-    def __init__(self):
-        super().__init__()
-        self.kept, self.tied, self.first, self.twice, self.read = (nn.Linear(8, 8) for _ in range(5))
-        self.tied.weight = self.first.weight
-        self.again = self.twice
-        self.empty, self.wide = nn.Linear(0, 8), nn.Linear(8, 8).double()
-        self.score, self.skipped = nn.Linear(8, 2), nn.Linear(8, 8)
-        self.attention = nn.MultiheadAttention(8, 2)
-
-    def forward(self, x):
-        return nn.functional.linear(self.kept(x), self.read.weight)
 
 
 def test_what_is_left():
@@ -200,3 +281,44 @@ def test_a_quantized_transformers_model_saves_and_loads_as_one(dtype, tmp_path):
     assert loaded.is_loaded_in_4bit
     results = [unpacked(m)(TOKENS).logits for m in (model, loaded)]
     assert torch.equal(*results)
+
+
+def t5():
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=50, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4, decoder_start_token_id=0
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def test_what_transformers_keeps_in_fp32_is_kept(tmp_path):
+    """T5 casts to the dtype of `wo`, which would be uint8."""
+    dense = t5()
+    model = copy.deepcopy(dense)
+    assert not any(name.endswith("wo") for name in quantize(model))
+    model.save_pretrained(tmp_path)
+    loaded = unpacked(T5ForConditionalGeneration.from_pretrained(tmp_path)).eval()
+    logits = [unpacked(m).eval()(input_ids=TOKENS, labels=TOKENS).logits for m in (dense, model, loaded)]
+    assert (logits[1] - logits[0]).norm() < 0.3 * logits[0].norm()
+    torch.testing.assert_close(logits[2], logits[1])
+    convert(t5(), r=2).train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
+
+
+def test_a_second_call_takes_the_rest_and_both_are_saved(tmp_path):
+    model = llama().eval()
+    first = quantize(model, skip_modules=["down_proj"])
+    assert not any("down_proj" in name for name in first)
+    with pytest.raises(ValueError, match=r"bnb_4bit_quant_type: expected nf4, .*, got fp4"):
+        quantize(model, "fp4")
+    assert quantize(model) == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(unpacked(model)(TOKENS).logits, unpacked(loaded)(TOKENS).logits)
+
+
+def test_layers_with_hooks_or_a_forward_of_their_own_are_left():
+    model = plain()
+    model[0].register_forward_pre_hook(lambda _, args: (args[0] * 2.0,))
+    model.append(nn.Linear(64, 64))
+    model[3].forward = lambda x: x
+    assert quantize(model) == ["2.0"]

@@ -1,0 +1,237 @@
+"""`quantize(model)`: linear layers in place by bitsandbytes' `Linear4bit`, after the model was made."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+
+import torch
+from torch import nn
+
+from .base_models import HEADS
+from .errors import UnsupportedLayer
+from .formats import BLOCK_SIZES, CODES, DENSE_DTYPES, from_linear, is_conv1d
+from .functional import check_choice
+from .modules import is_linear4bit
+from .peft_layers import observed
+from .swap import reader_reason
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+OUTPUT_LAYERS = ("lm_head", *HEADS)
+"""How the names of output layers, or of the modules that hold them, end in transformers."""
+
+
+def quantize(
+    model: nn.Module,
+    quant: str = "nf4",
+    *,
+    skip_modules: Iterable[str] = (),
+    double_quant: bool = True,
+    blocksize: int = 64,
+    compute_dtype: torch.dtype | None = None,
+) -> list[str]:
+    """Replaces linear layers of `model`, one after the other, by bitsandbytes' `Linear4bit`.
+
+    These are `nn.Linear` and `Conv1D`. Left as they are: output layers (`get_output_embeddings`, and whatever
+    is in a module with a name that ends in one of `OUTPUT_LAYERS`), what transformers keeps in fp32,
+    subclasses, layers with hooks, and layers whose weight has another owner too or is read without calling
+    the layer. A transformers model is marked as quantized, so that it saves and loads as one that was loaded
+    in 4 bits.
+
+    Args:
+        model: on any device but meta, and without adapters.
+        quant: "nf4" or "fp4".
+        skip_modules: names, or ends or parts of dotted names, of further layers to leave, or of modules
+            around them.
+        double_quant: quantizes the scales of the blocks, too.
+        blocksize: weights that share a scale, one of `formats.BLOCK_SIZES`.
+        compute_dtype: what a layer computes in; by default the dtype of its weight.
+
+    Returns:
+        The names of the layers that were replaced.
+
+    Raises:
+        UnsupportedLayer: no layer can be replaced, one is on the meta device, or `model` has adapters.
+        ValueError: `quant`, `blocksize` or `compute_dtype` is none of these, or another than that of the
+            layers of a transformers model which are in 4 bits already.
+        In each case nothing was changed.
+    """
+    storage = Storage(quant, double_quant, blocksize, compute_dtype).check().check_against(model)
+    chosen = quantizable(model, names_of(skip_modules))
+    replace(model, chosen, storage)
+    return chosen
+
+
+class Storage(NamedTuple):
+    """How weights are stored in 4 bits: the options of `quantize`."""
+
+    quant: str
+    double_quant: bool
+    blocksize: int
+    compute_dtype: torch.dtype | None
+
+    def check(self) -> Storage:
+        """Returns self; raises `ValueError` or `TypeError` for what is not known."""
+        check_choice("quant", self.quant, tuple(CODES))
+        if self.blocksize not in BLOCK_SIZES:
+            raise ValueError(f"blocksize: expected one of {BLOCK_SIZES}, got {self.blocksize!r}")
+        if self.compute_dtype not in (None, *DENSE_DTYPES):
+            expected = f"None or one of {DENSE_DTYPES}"
+            raise ValueError(f"compute_dtype: expected {expected}, got {self.compute_dtype!r}")
+        return self
+
+    def check_against(self, model: nn.Module) -> Storage:
+        """Returns self; raises `ValueError` where transformers has another one written down for `model`."""
+        present = getattr(getattr(model, "config", None), "quantization_config", None)
+        if present is not None and _is_transformers(model):
+            ours = vars(self.config(model.dtype))
+            for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"):
+                if ours[name] != (theirs := getattr(present, name, None)):
+                    expected = f"{theirs}, as in config.quantization_config"
+                    raise ValueError(f"{name}: expected {expected}, got {ours[name]}")
+        return self
+
+    def config(self, dtype: torch.dtype, skip_modules: list[str] | None = None) -> Any:
+        """The same for transformers, of a model in `dtype`."""
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.quant,
+            bnb_4bit_use_double_quant=self.double_quant,
+            bnb_4bit_compute_dtype=self.compute_dtype or dtype,
+            llm_int8_skip_modules=skip_modules,
+        )
+
+
+def names_of(skip_modules: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(skip_modules, str):
+        raise TypeError(f"skip_modules: expected a collection of names, got {skip_modules!r}")
+    return tuple(skip_modules)
+
+
+def check_unadapted(model: nn.Module) -> None:
+    """Raises `UnsupportedLayer` where `model` has adapters of PEFT."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            raise UnsupportedLayer(
+                f"model: expected one without adapters, got a {type(module).__name__} of PEFT at {name!r}; "
+                "quantize before adapters are added, or see unload() and merge_and_unload()"
+            )
+
+
+def is_within(name: str, ends: Iterable[str]) -> bool:
+    """Whether a part of the dotted `name` ends in one of `ends`: the layer, or a module around it."""
+    return any(part.endswith(tuple(ends)) for part in name.split("."))
+
+
+def quantizable(
+    model: nn.Module, skip_modules: tuple[str, ...], saved_modules: tuple[str, ...] = ()
+) -> list[str]:
+    """The names of the layers to replace; changes nothing.
+
+    Args:
+        model, skip_modules: as in `quantize`.
+        saved_modules: ends of names of modules that are trained whole, beside the output layers.
+    """
+    check_unadapted(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    owners = collections.Counter(id(p) for m in modules.values() for p in m._parameters.values())
+    skipped = (*skip_modules, *_kept_in_fp32(model))
+    output = model.get_output_embeddings() if _is_transformers(model) else None
+    layer: Any
+    chosen, reasons = [], []
+    for name, layer in modules.items():
+        if type(layer) is not nn.Linear and not is_conv1d(layer):
+            continue
+        reason = _keep_reason(name, layer, modules, owners)
+        if layer is output or is_within(name, (*OUTPUT_LAYERS, *saved_modules)):
+            reason = "an output layer, or trained"
+        elif any(f".{part}." in f".{name}." for part in skipped):
+            reason = "skipped, or kept in fp32"
+        if reason is not None:
+            reasons.append(f"{name}: {reason}")
+        elif layer.weight.is_meta:
+            raise UnsupportedLayer(f"model: expected layers with data, got {name!r} on the meta device")
+        else:
+            chosen.append(name)
+    if not chosen:
+        found = "; ".join(reasons) or f"none in {type(model).__name__}"
+        raise UnsupportedLayer(f"model: expected linear layers to quantize, got {found}")
+    return chosen
+
+
+def _kept_in_fp32(model: nn.Module) -> set[str]:
+    """As transformers names them: T5 casts its activations to the dtype of such a layer's weight."""
+    lists = (getattr(model, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
+    return {name for names in lists for name in names or ()}
+
+
+def _keep_reason(
+    name: str, layer: Any, modules: dict[str, nn.Module], owners: Mapping[int, int]
+) -> str | None:
+    """Why a layer stays as it is, whatever its name."""
+    if layer.weight.dtype not in DENSE_DTYPES or layer.weight.numel() == 0:
+        return f"a weight {list(layer.weight.shape)} of {layer.weight.dtype}"
+    if owners[id(layer.weight)] > 1:
+        return "its weight has another owner"
+    return observed("it", layer) or reader_reason(name, modules)
+
+
+def replace(model: nn.Module, names: list[str], storage: Storage) -> None:
+    """Replaces the layers with these names."""
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, _linear4bit(model.get_submodule(name), storage))
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # by which PEFT knows
+    if _is_transformers(model):
+        _mark_quantized(model, storage)
+
+
+def _linear4bit(layer: Any, storage: Storage) -> nn.Module:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    weight = from_linear(layer)
+    new = Linear4bit(
+        weight.in_features,
+        weight.out_features,
+        bias=layer.bias is not None,
+        compute_dtype=storage.compute_dtype or layer.weight.dtype,
+        compress_statistics=storage.double_quant,
+        quant_type=storage.quant,
+        device="meta",
+    )
+    new.weight = Params4bit(
+        weight.weight.contiguous(),
+        requires_grad=False,
+        blocksize=storage.blocksize,
+        compress_statistics=storage.double_quant,
+        quant_type=storage.quant,
+        module=new,
+    )
+    new.bias = layer.bias
+    new.train(layer.training)
+    return new.to(layer.weight.device)
+
+
+def _is_transformers(model: nn.Module) -> TypeGuard[PreTrainedModel]:
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
+
+
+def _mark_quantized(model: Any, storage: Storage) -> None:
+    """Says of a transformers model what loading it in 4 bits says, so that it saves and loads as such."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    linear = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m))
+    config = storage.config(model.dtype, [name for name, module in linear if not is_linear4bit(module)])
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.config.quantization_config = config
+    model.hf_quantizer = AutoHfQuantizer.from_config(config)
