@@ -15,6 +15,7 @@ faint. The file is by default suite.csv in bench/results of the current folder.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ METHOD_MARKERS = {"lora": "o", "dora": "s", "loreft": "^"}
 MARKERS = (*METHOD_MARKERS.values(), *"DvP*X")
 LINES = ("-", "--", ":", "-.")
 DENSE = "0.6"
-FAINT = 0.25
+FAINT, BAND_ALPHA = 0.25, 0.15
 COLUMNS, AXES, BARS = 4, 12, 16
 """Axes side by side; axes, and bars of one, at most in a figure."""
 
@@ -143,23 +144,30 @@ def ratio(rows: list[Row]) -> Any:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     for axis in axes[::COLUMNS]:
-        axis.set_ylabel(f"{drawn[0]['measure']} over the frozen dense layer")
+        axis.set_ylabel(f"{drawn[0]['measure']} over the frozen dense layer", fontsize=9)
     labels = [", ".join((name, *variant)) for name, variant in keys]
     _legend(figure, axes, labels, **{"frozen dense layer": unit})
     return figure
 
 
 def _draw(axis: Any, line: list[Row], label: str, colour: str, style: str) -> None:
-    """A provider over M: p50 with a band of p20 to p80, faint where the block was noisy."""
+    """A provider over M: p50 with a band of p20 to p80, faint where the block at either end was noisy."""
     M = [int(row["M"]) for row in line]
     middle = [float(row["over_dense"]) for row in line]
     below, above = (
         [float(row["over_dense"]) * float(row[p]) / float(row["p50"]) for row in line] for p in ("p20", "p80")
     )
-    axis.plot(M, middle, style, color=colour, label=label, linewidth=1.5)
-    axis.fill_between(M, below, above, color=colour, alpha=0.15, linewidth=0)
+    axis.plot([], [], style, color=colour, label=label, linewidth=1.5)
+    for alpha, run in itertools.groupby(range(len(line) - 1), lambda i: min(map(_alpha, line[i : i + 2]))):
+        first, *rest = run
+        part = slice(first, first + len(rest) + 2)
+        axis.plot(M[part], middle[part], style, color=colour, alpha=alpha, linewidth=1.5)
+        axis.fill_between(
+            M[part], below[part], above[part], color=colour, alpha=BAND_ALPHA * alpha, linewidth=0
+        )
     for row, m, value in zip(line, M, middle, strict=True):
-        axis.plot([m], [value], METHOD_MARKERS[row["method"]], color=colour, alpha=_alpha(row), markersize=5)
+        marker = METHOD_MARKERS[row["method"]]
+        axis.plot([m], [value], marker, color=colour, alpha=_alpha(row), markersize=5, label=f"_{label}")
 
 
 def _plain(axis: Any, values: Sequence[float]) -> None:

@@ -22,26 +22,35 @@ EXPLAINED = (LowRankLinear, LoraLayer, FusedBase, LoReFT)
 def explain(module: nn.Module) -> str:
     """What the next forward of `module` runs: op, weight format, backend, adapter; or PEFT's own, and why.
 
-    For a fused layer, a LoRA layer of PEFT, a `LoRALinear`, `DoRALinear` or `LoReFT`; for a model, for each.
+    For a fused layer, a LoRA layer of PEFT, a `LoRALinear`, `DoRALinear` or `LoReFT`; for a model, for each,
+    with the reasons why other backends are unavailable once, at the end.
     """
     if isinstance(module, EXPLAINED):
-        return _explain_layer(module)
+        text, unavailable = _explain_layer(module)
+        lines = [f"backend {name} is unavailable: {reason}" for name, reason in unavailable.items()]
+        return "\n    ".join((text, *lines))
     modules = dict(module.named_modules())
     layers = {name: m for name, m in modules.items() if isinstance(m, EXPLAINED)}
     if not layers:
         return f"{type(module).__name__}: its own forward runs; nothing in it is adapted or fused"
-    return "\n".join(
-        f"{name}: {_explain_layer(m, reader_reason(name, modules))}" for name, m in layers.items()
-    )
+    explained = {name: _explain_layer(m, reader_reason(name, modules)) for name, m in layers.items()}
+    lines = [f"{name}: {text}" for name, (text, _) in explained.items()]
+    names: dict[str, dict[str, None]] = {}
+    for _, unavailable in explained.values():
+        for name, reason in unavailable.items():
+            names.setdefault(reason, {})[name] = None
+    lines += [f"unavailable: {', '.join(found)}: {reason}" for reason, found in names.items()]
+    return "\n".join(lines)
 
 
-def _explain_layer(layer: Any, reader_reason: str | None = None) -> str:
+def _explain_layer(layer: Any, reader_reason: str | None = None) -> tuple[str, dict[str, str]]:
+    """What runs, and why other backends are unavailable to its op, by backend."""
     kind = type(layer).__name__
     if isinstance(layer, LoReFT):
         dtype, device = layer.bias.dtype, layer.bias.device.type
         backend = backends.resolve("loreft", "dense", device, dtype, layer.backend)
         ran = backends.calls["loreft", backend]
-        return f"{kind}: {layer.extra_repr()}\n    loreft on {backend}, run {ran} times in this process"
+        return f"{kind}: {layer.extra_repr()}\n    loreft on {backend}, run {ran} times in this process", {}
     reason: str | None
     base = layer if isinstance(layer, FusedBase) else layer.base_layer
     if layer is base:
@@ -54,11 +63,11 @@ def _explain_layer(layer: Any, reader_reason: str | None = None) -> str:
         reason = (
             swap_reason(layer, METHODS) or reader_reason or "not swapped, accelerate(model) would fuse it"
         )
-        return f"{kind}: PEFT's own forward: {reason}"
+        return f"{kind}: PEFT's own forward: {reason}", {}
     else:
         adapter, reason = choose(layer)
         if reason is not None:
-            return f"{kind}: PEFT's own forward: {reason}"
+            return f"{kind}: PEFT's own forward: {reason}", {}
         applied = "no adapter, the base alone"
         if adapter is not None:
             name = method(layer, adapter)
@@ -68,24 +77,23 @@ def _explain_layer(layer: Any, reader_reason: str | None = None) -> str:
     try:
         weight = from_linear(base)
     except UnsupportedWeight as error:
-        return f"{kind}: the next forward raises UnsupportedWeight: {error}"
-    return "\n    ".join((f"{kind}: {applied}", _explain_op(layer, base, weight)))
+        return f"{kind}: the next forward raises UnsupportedWeight: {error}", {}
+    lines, unavailable = _explain_op(layer, base, weight)
+    return "\n    ".join((f"{kind}: {applied}", *lines)), unavailable
 
 
-def _explain_op(layer: Any, base: Any, weight: QuantizedWeight) -> str:
+def _explain_op(layer: Any, base: Any, weight: QuantizedWeight) -> tuple[list[str], dict[str, str]]:
     nested = ", nested absmax" if weight.nested else ""
     dtype, device = compute_dtype(base), weight.weight.device.type
     case = f"{weight.format} [{weight.out_features}, {weight.in_features}]{nested}, {dtype} on {device}"
     try:
         backend = backends.resolve("lora_linear", weight.format, device, dtype, layer.backend)
     except BackendUnavailable as error:
-        return f"lora_linear over {case}: the next forward raises BackendUnavailable: {error}"
+        return [f"lora_linear over {case}: the next forward raises BackendUnavailable: {error}"], {}
     ran = backends.calls["lora_linear", backend]
     lines = [
         f"lora_linear over {case}",
         f"backend {backend} (asked for: {layer.backend}), run {ran} times in this process",
     ]
-    for name, reason in backends.availability("lora_linear", weight.format, device, dtype).items():
-        if reason is not None:
-            lines.append(f"backend {name} is unavailable: {reason}")
-    return "\n    ".join(lines)
+    available = backends.availability("lora_linear", weight.format, device, dtype)
+    return lines, {name: reason for name, reason in available.items() if reason is not None}

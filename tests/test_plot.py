@@ -43,9 +43,12 @@ def write(tmp_path):
 
 
 def lines(axis):
-    """By label, {M: ratio} of each line of an axis."""
-    named = (line for line in axis.lines if not line.get_label().startswith("_"))
-    return {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in named}
+    """By label, {M: ratio} of the points of each line of an axis."""
+    found = {line.get_label(): {} for line in axis.lines if not line.get_label().startswith("_")}
+    for line in axis.lines:
+        if (label := line.get_label().removeprefix("_")) in found:
+            found[label] |= dict(zip(*line.get_data(), strict=True))
+    return found
 
 
 def drawn(plot, path, kind="ratio"):
@@ -83,6 +86,21 @@ def test_what_does_not_vary_within_axes_is_in_their_titles(plot, write):
         assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1", "16", "300"]
         assert axis.get_xscale() == "log"
         assert [line.get_ydata()[0] for line in axis.lines if line.get_color() == plot.DENSE] == [1]
+
+
+def test_points_lines_and_bands_are_faint_where_an_end_is_noisy(plot, write):
+    rows = [{"M": str(M), "noisy": str(M in (16, 1024))} for M in (1, 4, 16, 64, 256, 1024)]
+    (axis,) = drawn(plot, write(*rows)).axes
+    points = {line.get_xdata()[0]: line.get_alpha() for line in axis.lines if line.get_label() == "_ours"}
+    faint = plot.FAINT
+    assert points == {1: 1, 4: 1, 16: faint, 64: 1, 256: 1, 1024: faint}
+    parts = [line for line in axis.lines if len(line.get_xdata()) > 1 and line.get_color() != plot.DENSE]
+    expected = [([1, 4], 1), ([4, 16, 64], faint), ([64, 256], 1), ([256, 1024], faint)]
+    assert [(list(line.get_xdata()), line.get_alpha()) for line in parts] == expected
+    bands = [(band.get_paths()[0].vertices[:, 0], band.get_alpha()) for band in axis.collections]
+    assert [([x.min(), x.max()], alpha) for x, alpha in bands] == [
+        ([Ms[0], Ms[-1]], plot.BAND_ALPHA * alpha) for Ms, alpha in expected
+    ]
 
 
 def test_the_legend_covers_no_axes(plot, write):

@@ -303,6 +303,26 @@ def test_explain_tells_why_pefts_forward_runs(kind):
     assert ("merged adapters: ['default']" in explain(layer)) == (kind == "dense")
 
 
+def test_explain_of_a_model_tells_each_reason_against_a_backend_once(monkeypatch):
+    """Of a layer, it is told for each backend."""
+    from peft_fast import backends
+
+    reasons = {"triton": "no such machine", "triton-splitk": "no such machine", "cpu": "not built"}
+    for name, reason in reasons.items():
+        row = backends.BACKENDS[name]._replace(unavailable=lambda *_, reason=reason: reason)
+        monkeypatch.setitem(backends.BACKENDS, name, row)
+    fast = accelerated(stock_net("nf4"), backend="reference")
+    text = explain(fast)
+    assert text.count("lora_linear over") == 2
+    assert [text.count(reason) for reason in set(reasons.values())] == [1, 1]
+    lines = text.splitlines()
+    assert "unavailable: triton, triton-splitk: no such machine" in lines
+    assert "unavailable: cpu: not built" in lines
+    of_a_layer = explain(lora_layers(fast)[0])
+    for name, reason in reasons.items():
+        assert f"\n    backend {name} is unavailable: {reason}" in of_a_layer
+
+
 def test_explain_for_other_modules():
     assert explain(nn.ReLU()) == "ReLU: its own forward runs; nothing in it is adapted or fused"
     text = explain(LoRALinear.from_linear(nn.Linear(8, 4), r=2, lora_alpha=4))

@@ -1,11 +1,14 @@
 """`peft-fast train --checkpointing`: blocks run again in the backward pass, and nothing else changes."""
 
+import json
+import sys
+
 import pytest
 from torch.utils import checkpoint
 from train_jobs import run, save_bert, save_rows, tiny
 from transformers.models.bert.modeling_bert import BertOutput
 
-from peft_fast import config
+from peft_fast import cli
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,8 +55,25 @@ def test_blocks_are_checkpointed_without_reentering(tmp_path, bert, csv_file, mo
     assert not entered
 
 
-def test_the_option_is_one_for_training_and_estimates():
-    from peft_fast import cli
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["peft-fast", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 0
 
-    assert "checkpointing" in cli.SIZING
-    assert config.OPTIONS["checkpointing"].default is False
+
+def test_the_command_trains_with_it_when_asked(bert, csv_file, monkeypatch):
+    jobs = []
+    monkeypatch.setattr("peft_fast.train.train", jobs.append)
+    for options in ([], ["--checkpointing"]):
+        call(monkeypatch, "train", "--task", "classification", "--model", bert, "--data", csv_file, *options)
+    assert [job.checkpointing for job in jobs] == [False, True]
+
+
+def test_the_command_estimates_with_it_when_asked(bert, monkeypatch, capsys):
+    """A block keeps its input instead of what it computes."""
+    saved = []
+    for options in ([], ["--checkpointing"]):
+        call(monkeypatch, "estimate", "--model", bert, "--batch", 8, "--seq", 32, "--json", *options)
+        saved.append(json.loads(capsys.readouterr().out)["saved_by_forward"])
+    assert 0 < saved[1] < saved[0] / 2
