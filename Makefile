@@ -6,6 +6,8 @@
 #                 minutes; CSV, JSON, plot and a report in OUT; a second run goes on where the first ended
 # make tune       on a GPU: time every strategy of lora_linear, write the table that picks one for this device
 # make roofline   predicted cost of every strategy over the frozen layer, without a GPU
+# make cuda       compile every CUDA kernel and write the table of registers, spills and instructions (needs nvcc)
+# make wheel      one wheel for CPU and GPU, in dist/ (needs nvcc); `make wheel-test` installs it elsewhere and tests it
 # make aot        compile every Triton kernel ahead of time and check the committed table (no GPU needed)
 
 PYTHON ?= python3
@@ -19,12 +21,16 @@ JOBS   ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.c* csrc/*/*.py)
+
+# Of the wheel: architectures of its CUDA kernels, and the torch that it is tested with.
+CUDA_ARCHS  ?= 80 90 100 120
+WHEEL_TORCH ?= $(TORCH)
 
 OUT    ?= runs/gpu
 GPU_PYTHON ?= python3
 
-.PHONY: install finetune test lint bench gpu tune roofline aot clean
+.PHONY: install finetune test lint bench gpu tune roofline aot cuda wheel wheel-test clean
 
 install: $(VENV)/.installed
 
@@ -51,7 +57,7 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
 bench: install
@@ -70,6 +76,19 @@ roofline: install
 
 aot: install
 	$(BIN)/python bench/aot.py --check $(ARGS)
+
+cuda: install
+	$(BIN)/python bench/cuda_table.py $(ARGS)
+
+wheel: install
+	rm -rf dist
+	PEFT_FAST_CUDA_ARCHS="$(CUDA_ARCHS)" $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+wheel-test: wheel
+	$(PYTHON) -m venv --clear build/wheel-test
+	build/wheel-test/bin/python -m pip install --quiet "$(WHEEL_TORCH)"
+	build/wheel-test/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd build && wheel-test/bin/peft-fast info --self-test
 
 clean:
 	rm -rf $(VENV) build *.egg-info peft_fast/_C*.so

@@ -1,13 +1,18 @@
 """Builds the C++ extension `peft_fast._C` on torch's stable ABI: one abi3 library for torch >= 2.11.
 
-A plain extension: no GPU toolchain, nothing of torch's Python bindings. Instruction sets are chosen at run
-time, so the flags name none.
+Nothing of torch's Python bindings. Instruction sets of the CPU are chosen at run time, so the flags name
+none. CUDA kernels are part of it where `csrc/cuda/nvcc.py` says so; such a library loads without CUDA too.
 """
 
+import sys
 from pathlib import Path
 
 import torch
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+sys.path.insert(0, str(Path(__file__).parent / "csrc" / "cuda"))
+import nvcc
 
 TORCH = Path(torch.__file__).parent
 FLAGS = [
@@ -22,14 +27,33 @@ FLAGS = [
     "-isystem",
     str(TORCH / "include"),
 ]
+ARCHS = nvcc.wanted()
+SOURCES = sorted(str(p) for p in Path("csrc").rglob("*.cpp") if ARCHS or p.parent.name != "cuda")
+MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x03090000")]
+
+
+class Build(build_ext):
+    def build_extension(self, extension: Extension) -> None:
+        self.force = True  # what is there may be for other architectures
+        if ARCHS:
+            print(f"CUDA: {nvcc.find()} for {' '.join(ARCHS)}", flush=True)
+            kernels = nvcc.objects(Path("build", "cuda"), ARCHS)
+            # The runtime is linked in, so that the library needs no other, and its names stay inside.
+            extension.extra_objects = [*map(str, kernels), str(nvcc.library())]
+            extension.extra_link_args = ["-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+        super().build_extension(extension)
+
 
 setup(
     ext_modules=[
         Extension(
             "peft_fast._C",
-            sorted(str(p) for p in Path("csrc").rglob("*.cpp")),
-            depends=sorted(str(p) for p in Path("csrc").rglob("*.h")),
-            define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x03090000")],
+            SOURCES,
+            depends=sorted(str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".cu")),
+            define_macros=[
+                *MACROS,
+                *([("PEFT_FAST_CUDA_ARCHITECTURES", f'"{" ".join(ARCHS)}"')] if ARCHS else []),
+            ],
             extra_compile_args=FLAGS,
             library_dirs=[str(TORCH / "lib")],
             libraries=["torch_cpu", "c10"],
@@ -37,5 +61,6 @@ setup(
             py_limited_api=True,
         )
     ],
+    cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp39"}},
 )

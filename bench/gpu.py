@@ -10,7 +10,9 @@ packages are missing is skipped, and a peer that is missing is left out of a tab
     install      builds the extension                          environment.py
     self_test    every backend on small problems               environment.py, DIR/info.json
     tests        every test that concerns the GPU              pytest, DIR/tests.xml
+    sanitizer    the CUDA kernels under memcheck and racecheck compute-sanitizer
     sanity       each strategy at a real shape, against fp64   sanity.py, DIR/sanity.json
+    writers      times what decodes to a scratch               writers.py, DIR/writers.csv
     tune         times the strategies, each is used at once    tune.py, DIR/strategies.json
     lora_linear  against frozen dense and peers; memory        lora_linear.py, DIR/lora_linear.csv
     end_to_end   a training step of a Llama-shaped model       end_to_end.py, DIR/end_to_end.csv
@@ -33,6 +35,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +53,7 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "unsloth"
 TESTS = (
     "test_strategies", "test_tune", "test_triton_strategies", "test_dequantize", "test_triton", "test_ops",
     "test_formats", "test_out_scale", "test_triton_loreft", "test_loreft", "test_dora", "test_modules",
+    "test_cuda",
 )  # fmt: skip
 # Those that run without bitsandbytes, on which the fixtures that others share depend.
 ALONE = ("test_strategies", "test_tune", "test_roofline")
@@ -100,6 +104,33 @@ def tests(plan: Plan, seconds: float) -> Commands:
     return [[sys.executable, "-m", "pytest", *options, f"--junitxml={plan.out / 'tests.xml'}", *files]]
 
 
+def sanitizer(plan: Plan, seconds: float) -> Commands:
+    """Each tool on a few of the tests; nothing where there is no GPU."""
+    selection = ("-k", "not emulated and dtype2 and (every_result or dequantize or update)")
+    tests = (
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        *selection,
+        ROOT / "tests" / "test_cuda.py",
+    )
+    if plan.device == "cpu" or not (tool := compute_sanitizer()):
+        return [[sys.executable, "-c", "print('compute-sanitizer: it or a GPU is not here')"]]
+    return [
+        [tool, "--tool", name, "--error-exitcode", "1", "--target-processes", "all",
+         sys.executable, *map(str, tests)]
+        for name in ("memcheck", "racecheck")
+    ]  # fmt: skip
+
+
+def compute_sanitizer() -> str | None:
+    toolkit = f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=toolkit)
+
+
 def sanity(plan: Plan, seconds: float) -> Commands:
     tiny = (*TINY, "--rows", 5, "--dtype", "float32")
     options = tiny if plan.quick else ("--rows", 4096, 16, 512, 1)
@@ -107,10 +138,16 @@ def sanity(plan: Plan, seconds: float) -> Commands:
     return [plan.script("sanity.py", *shared, *options)]
 
 
+def writers(plan: Plan, seconds: float) -> Commands:
+    tiny = ("--shape", 64, 64, "--rank", 0, 4, "--seconds", 0, "--dtype", "float32")
+    options = tiny if plan.quick else ("--seconds", seconds / 20)
+    return [plan.script("writers.py", "--device", plan.device, *options, "--csv", plan.out / "writers.csv")]
+
+
 def tune(plan: Plan, seconds: float) -> Commands:
     """On a GPU straight to the table that is chosen by; many tokens and few first, for it may be cut."""
     tiny = (*TINY, "--rows", 5, "--case", "packed-half", "--cache-mib", 1, "--per-row", 0)
-    options = tiny if plan.quick else ("--per-row", 1, "--rows", 8192, 16, 2048, 1, 512, 64, 128)
+    options = tiny if plan.quick else ("--per-row", 1, "--rows", 8192, 16, 2048, 1, 512, 64, 128, 4)
     table = ("--copy" if plan.device == "cuda" else "--out", plan.out / "strategies.json")
     return [plan.script("tune.py", "--device", plan.device, "--seconds", 0.8 * seconds, *table, *options)]
 
@@ -195,7 +232,9 @@ SECTIONS: dict[str, Section] = {
     "self_test": Section(self_test, 40, 10, ("torch",)),
     "tests": Section(tests, 150, 20, ("torch", "pytest"), anew=("tests.xml",)),
     "sanity": Section(sanity, 80, 10, ("torch", "triton"), anew=("sanity.json",)),
+    "writers": Section(writers, 12, 5, ("torch", "triton", "bitsandbytes")),
     "tune": Section(tune, 90, 20, ("torch", "triton")),
+    "sanitizer": Section(sanitizer, 40, 10, ("torch", "pytest"), divided=True),
     "lora_linear": Section(lora_linear, 180, 20, ("torch",), divided=True),
     "end_to_end": Section(end_to_end, 80, 20, ("torch", "transformers")),
     "loreft": Section(loreft, 25, 10, ("torch", "transformers", "peft", "bitsandbytes")),

@@ -124,7 +124,7 @@ class Layers:
 
     def winners(self, method: str) -> list[str]:
         """The fastest strategy of each direction, with its time as a share of that which was chosen."""
-        names = [key[2] for key in self.by if key[2].startswith("triton-")]
+        names = [key[2] for key in self.by if key[2].startswith(("triton-", "cuda-"))]
         rows = []
         for shape in self.shapes:
             for direction in ("forward", "backward"):
@@ -134,7 +134,7 @@ class Layers:
                     known = {name: time for name, time in times.items() if time is not None}
                     chosen = self.value(self.ours(method), shape, M, direction)
                     best = min(known, key=lambda name: known[name], default=None)
-                    text = "" if best is None else best.removeprefix("triton-")
+                    text = "" if best is None else best.removeprefix("triton-").removeprefix("cuda-")
                     cells.append(f"{text} {known[best] / chosen:.2f}" if best and chosen else text)
                 rows.append([f"{shape[0]} → {shape[1]}", direction, *cells])
         return table(["K → N", method, *(f"M={M}" for M in self.rows)], rows) if names else []

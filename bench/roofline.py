@@ -3,6 +3,7 @@
 For each shape, number of rows M and rank: forward + backward of each strategy in both directions, the best
 pair of strategies and its launches, peers, and the launch that adds most. Every figure is predicted, under
 the assumptions of bench/traffic.py, except the column "measured": those come from bench/lora_linear.py.
+The best pair is of Triton's strategies: gemv, of CUDA C++, is beside them and runs where it was measured.
 
     python bench/roofline.py --device H200
     python bench/roofline.py --device H100 --dora --csv predicted.csv --measured bench/results/lora_linear.csv
@@ -24,7 +25,7 @@ import torch
 from peft_fast.bench import traffic
 from peft_fast.bench.traffic import DEVICES, Device, Launch
 from peft_fast.triton_kernels import strategies
-from peft_fast.triton_kernels.strategies import NAMES, Case, Choice, Direction, Problem, Row, Table
+from peft_fast.triton_kernels.strategies import GEMV, NAMES, Case, Choice, Direction, Problem, Row, Table
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))
 ROWS = (1, 16, 64, 128, 512, 2048, 4096, 8192)
@@ -148,6 +149,11 @@ def lines(args: argparse.Namespace) -> Iterator[dict[str, object]]:
             name: sum(found.seconds[direction][name] for direction in DIRECTIONS)
             for name in strategies.candidates(problem)
         }
+        if strategies.inadmissible(GEMV, problem) is None:
+            both[GEMV] = sum(
+                traffic.seconds(traffic.launches(GEMV, direction, problem, device), device)
+                for direction in DIRECTIONS
+            )
         best = {direction: found.best(direction) for direction in DIRECTIONS}
         launches = [launch for d in DIRECTIONS for launch in found.launches[d][best[d]]]
         # Of each GEMM, what it takes longer than the frozen one.
@@ -166,7 +172,7 @@ def lines(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         yield {
             "device": args.device, "dtype": args.dtype, "K": K, "N": N, "R": R, "M": M,
             "frozen_us": f"{1e6 * found.frozen:.1f}",
-            **{name: over(both.get(name)) for name in NAMES},
+            **{name: over(both.get(name)) for name in (*NAMES, GEMV)},
             **best,
             "best": over(sum(found.seconds[direction][best[direction]] for direction in DIRECTIONS)),
             "launches": len(launches),

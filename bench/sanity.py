@@ -156,7 +156,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rank", type=int, default=16, metavar="R")
     add("--rows", type=int, nargs="+", default=[4096, 16, 512], metavar="M", help="default: %(default)s")
     add("--dtype", choices=DTYPES, nargs="+", default=["bfloat16", "float16"], help="default: %(default)s")
-    add("--prefix", default="triton", help="the backends with names that begin so (default: %(default)s)")
+    add("--prefix", nargs="+", default=["triton", "cuda-gemv"],
+        help="the backends with names that begin so (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seconds", type=float, default=300.0, help="for everything (default: %(default)s)")
     add("--jobs", type=int, default=max(1, min(JOBS, (os.cpu_count() or 1) // 2)),
@@ -168,7 +169,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    names = [name for name in backends.BACKENDS if name.startswith(args.prefix)]
+    names = [name for name in backends.BACKENDS if name.startswith(tuple(args.prefix))]
     work = [(method, dtype, M) for dtype, M, method in itertools.product(args.dtype, args.rows, METHODS)]
     shape = Shape(*args.shape, args.rank, args.device)
     limit = args.seconds / math.ceil(len(names) / args.jobs)

@@ -20,6 +20,7 @@ and a pass is the sum of its launches, beside the frozen dense layer by the same
   even at M ≈ 500 on Hopper.
 - A GEMM in Triton with fewer programs than multiprocessors uses that part of the device; splitk and the
   library share the reduction instead. Waves that are partly full are in the achieved rate.
+- gemv decodes as the others do, and multiplies on the FP32 units, up to GEMV_SPLITS partial sums of dX.
 - The scratch is in one panel. Drawing the dropout mask and DoRA's norm, once a step, are not counted.
 
 Peers are counted from their source: PEFT's layer (clone, casts, scale and add as passes of their own) and
@@ -34,7 +35,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from peft_fast.triton_kernels.strategies import Direction, Problem
+from peft_fast.triton_kernels.strategies import GEMV, Direction, Problem
 
 LAUNCH = 2e-6
 ACHIEVED_FLOPS, ACHIEVED_BANDWIDTH = 0.8, 0.9  # 790 of 989 TFLOP/s and 4.3 of 4.8 TB/s on an H200
@@ -47,6 +48,9 @@ DECODE = 5.0
 TILES = ((16, 32), (64, 64), (128, 64))
 RANKS, THIN_ROWS = 32, 32
 CHUNKS, PROGRAMS, SPLITK_PROGRAMS = 8, 128, 512
+
+# As in csrc/cuda/backward.cu: columns and least rows of a partial sum of dX, blocks, and most partial sums.
+GEMV_COLUMNS, GEMV_ROWS, GEMV_BLOCKS, GEMV_SPLITS, GEMV_CHUNKS = 256, 64, 512, 64, 16
 
 
 class Device(NamedTuple):
@@ -195,6 +199,11 @@ class Sizes:
         base = self.main_loop("base", self.base + size + sums, columns, decodes=self.packed)
         return base._replace(programs=math.inf), sums
 
+    def gemv(self, name: str, size: float) -> Launch:
+        """The base product of a few rows by CUDA C++, `size` bytes beside the weight."""
+        M, N, K = self.problem[:3]
+        return Launch(name, self.base + size, (Product(2.0 * M * N * K, "fp32", 1.0),), float(N * K))
+
     def _programs(self, columns: int) -> int:
         return self.row_blocks * math.ceil(columns / self.columns)
 
@@ -221,6 +230,8 @@ def _forward(strategy: str, problem: Problem, device: Device) -> list[Launch]:
     z = s.thin("Z", s.x, s.mask + s.a + s.z, 2.0 * M * K * s.rank)
     up = s.through_rank(M, N)
     ends = s.x + s.z + s.b + s.y
+    if strategy == GEMV:
+        return [z, s.gemv("Y", ends)]
     if strategy == "splitk":
         base, sums = s.split_k(s.x, N)
         return [z.union(base), Launch("finish", sums + s.z + s.b + s.y, (up,))]
@@ -247,6 +258,13 @@ def _backward(strategy: str, problem: Problem, device: Device) -> list[Launch]:
     d_a = s.thin("dA", s.x, s.mask + s.z + s.a, 2.0 * M * K * s.rank)
     down = s.through_rank(M, K)
     ends = s.y + s.a + s.z + s.mask + s.x
+    if strategy == GEMV:
+        splits = max(1, GEMV_BLOCKS // math.ceil(K / GEMV_COLUMNS))
+        splits = min(math.ceil(N / GEMV_ROWS), splits, GEMV_SPLITS)
+        sums = s.temporary(4.0 * splits * M * K + GEMV_CHUNKS * s.z)
+        base = s.gemv("base ∪ dY pass", s.y + sums)
+        first = base._replace(bytes=base.bytes + 2 * s.b + s.z + (s.y if problem.out_scale else 0))
+        return [first, Launch("finish", sums + 2 * s.a + s.mask + 2 * s.x, (down,))]
     if strategy == "splitk":
         base, shared = s.split_k(s.y, K)
         finish = Launch("finish", shared + s.a + s.z + s.mask + s.x, (down,))

@@ -1,10 +1,11 @@
 """Times every strategy of lora_linear on this device and writes the table by which `strategies.choose` picks.
 
 For each class of problems, shape and rank, at each number of rows M, the op runs with backend
-"triton-<strategy>". Results are compared with fp64 first (`measure.exactness`, of Y and dX up to CHECKED
-rows). Then forward and backward are timed apart, strategies in turns, with caches overwritten before each.
-On a GPU the times are the device's: the host is ahead of it, as in a training step. A strategy that is not
-exact, does not compile or cannot run is left out, named at the end, and makes the exit status 1.
+"triton-<strategy>", and "cuda-gemv" where that is built. Results are compared with fp64 first
+(`measure.exactness`, of Y and dX up to CHECKED rows). Then forward and backward are timed apart, strategies
+in turns, with caches overwritten before each. On a GPU the times are the device's: the host is ahead of it,
+as in a training step. A strategy that is not exact, does not compile or cannot run is left out, named at the
+end, and makes the exit status 1.
 
 The table is written after each M, and the times beside it, to <table>.times.json: a row holds the choices for
 the M timed so far. Rows that are complete, and M that were timed, are kept, so a run that was cut short goes
@@ -40,13 +41,13 @@ from peft_fast.triton_kernels.strategies import Case, Problem, Row, Table
 from torch import Tensor, nn
 
 import peft_fast.autograd  # noqa: F401, registers the formula of the op
-from peft_fast import reference
+from peft_fast import cuda, reference
 from peft_fast.formats import QuantizedWeight, from_dense, from_linear
 from peft_fast.info import device_name, versions
 from peft_fast.reference import Needs
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (1024, 1024))
-ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 RANKS = (16, 64)
 SCALING, DROPOUT = 2.0, 0.1
 CHECKED = 256
@@ -100,7 +101,7 @@ class Layer(nn.Module):
         fixed = self.operands
         y, _ = torch.ops.peft_fast.lora_linear(
             x, *fixed.weight, None, self.lora_A, self.lora_B, fixed.mask, self.out_scale,
-            SCALING, fixed.dropout_p, f"triton-{self.strategy}",
+            SCALING, fixed.dropout_p, strategies.backend_of(self.strategy),
         )  # fmt: skip
         return y
 
@@ -231,7 +232,10 @@ def tune(
 ) -> tuple[dict[str, tuple[float, float]], list[str]]:
     """(milliseconds of forward and backward of what ran; what was left out and why)."""
     fixed = make(kind, shape, M, make_operands(shape))
-    outcomes = dict(check(fixed, strategies.candidates(kind.problem(M, shape))))
+    problem = kind.problem(M, shape)
+    gemv = cuda.unavailable(problem.format, shape.device, problem.dtype) is None
+    names = strategies.candidates(problem, gemv)
+    outcomes = dict(check(fixed, names))
     where = f"{label(kind, shape)} M={M}"
     faults = [f"{where}: {name}: {fault}" for name, fault in outcomes.items() if fault is not None]
     steps = {name: fixed.step(name) for name, fault in outcomes.items() if fault is None}

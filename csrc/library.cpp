@@ -9,7 +9,7 @@ Tensor pack_mask(Tensor keep) {
   STD_TORCH_CHECK(dtype == ScalarType::Bool || dtype == ScalarType::Byte, "keep: expected Bool or Byte, got ",
                   dtype);
   const int64_t M = rows_of("keep", keep), K = keep.size(1);
-  check_numel("keep", keep, dtype, M * K);
+  Arguments::on_cpu().check("keep", keep, dtype, M * K);
   Tensor mask = torch::stable::new_empty(keep, {M, (K + 7) / 8}, ScalarType::Byte);
   pack_bits(static_cast<const uint8_t*>(keep.const_data_ptr()), M, K,
             static_cast<uint8_t*>(mask.mutable_data_ptr()));

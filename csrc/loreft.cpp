@@ -13,6 +13,8 @@
 namespace peft_fast {
 namespace {
 
+const Arguments on = Arguments::on_cpu();
+
 Activation activation(const std::string& name) {
   if (name == "linear") return Activation::kLinear;
   if (name == "relu") return Activation::kRelu;
@@ -32,18 +34,18 @@ Edit make_edit(int64_t M, int64_t d, EDIT_PARAMETERS, DROPOUT_PARAMETERS) {
   e.r = rows_of("basis", basis);
   STD_TORCH_CHECK(e.q == 0 || e.q == e.r || e.q == 2 * e.r, "projection: expected 0, ", e.r, " or ", 2 * e.r,
                   " rows, got ", e.q);
-  e.projection = float_matrix("projection", projection, e.q, d);
-  e.basis = float_matrix("basis", basis, e.r, d);
+  e.projection = on.float_matrix("projection", projection, e.q, d);
+  e.basis = on.float_matrix("basis", basis, e.r, d);
   if (bias.has_value() || (e.q == 0 && e.r > 0))
-    e.bias = required<float>("bias", bias, ScalarType::Float, e.r);
+    e.bias = on.required<float>("bias", bias, ScalarType::Float, e.r);
   e.whole = !rows.has_value();
   if (!e.whole) {
     e.m = rows->numel();
-    e.rows = required<int64_t>("rows", rows, ScalarType::Long, e.m);
+    e.rows = on.required<int64_t>("rows", rows, ScalarType::Long, e.m);
     for (int64_t i = 0; i < e.m; ++i)
       STD_TORCH_CHECK(e.rows[i] < M, "rows: expected indices below ", M, ", got ", e.rows[i]);
   }
-  e.dropout = make_dropout(dropout_mask, e.m, d, dropout_p);
+  e.dropout = on.dropout(dropout_mask, e.m, d, dropout_p);
   e.drop_state = drop_state;
   e.act = activation(act);
   return e;
@@ -53,8 +55,8 @@ std::tuple<Tensor, Tensor, Tensor> loreft(Tensor h, std::optional<Tensor> residu
                                           DROPOUT_PARAMETERS, std::string level) {
   Loreft f{};
   const int64_t M = rows_of("h", h), d = h.size(1);
-  f.h = matrix("h", h, M, d);
-  if (residual.has_value()) f.residual = matrix_of("residual", *residual, h.scalar_type(), M, d);
+  f.h = on.matrix("h", h, M, d);
+  if (residual.has_value()) f.residual = on.matrix_of("residual", *residual, h.scalar_type(), M, d);
   f.edit = make_edit(M, d, rows, projection, bias, basis, dropout_mask, dropout_p, drop_state, act);
   const bool keeps = rows.has_value() || residual.has_value();
   Tensor out = torch::stable::new_empty(h, {M, d});
@@ -73,11 +75,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loreft_backward(Tensor grad, Tensor k
                                                            bool needs_basis, std::string level) {
   LoreftBackward b{};
   const int64_t M = rows_of("grad", grad), d = grad.size(1);
-  b.grad = matrix("grad", grad, M, d);
+  b.grad = on.matrix("grad", grad, M, d);
   b.edit = make_edit(M, d, rows, projection, bias, basis, dropout_mask, dropout_p, drop_state, act);
   const Edit& e = b.edit;
-  b.kept = matrix_of("kept", kept, grad.scalar_type(), e.m, d);
-  b.z = float_matrix("z", z, e.m, e.q);
+  b.kept = on.matrix_of("kept", kept, grad.scalar_type(), e.m, d);
+  b.z = on.float_matrix("z", z, e.m, e.q);
   Result d_projection{}, d_bias{}, d_basis{};
   Tensor dh = gradient(needs_h, grad, b.dh);
   Tensor projection_grad = gradient(needs_projection, projection, d_projection);

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import cuda, native, reference
 from .errors import BackendUnavailable
 
 
@@ -83,6 +83,8 @@ BACKENDS: dict[str, Backend] = {
     "cpu": _native(""),
     "triton": Backend(_load_triton, _triton_unavailable),
     **{f"triton-{name}": _triton_strategy(name) for name in ("splitk", "fused", "split", "library", "merge")},
+    "cuda-gemv": Backend(cuda.Gemv, cuda.gemv_unavailable, automatic=False),
+    "cuda-dequant": Backend(cuda.Dequantize, cuda.unavailable, automatic=False),
     **{f"cpu-{level}": _native(level) for level in native.LEVELS},
     "cpu-batch-invariant": _native("", batch_invariant=True),
     "reference": Backend(lambda: reference, lambda format, device, dtype: None),

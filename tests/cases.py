@@ -36,12 +36,13 @@ def device_of(backend: str) -> str:
 
 def backends_of(op: str, format: str) -> list[str]:
     """Every backend that runs an op here; the native ones by level, in their usual way,
-    the Triton kernels by whichever strategy `choose` picks: test_triton_strategies.py has each.
+    the Triton kernels by whichever strategy `choose` picks: test_triton_strategies.py has each, and
+    test_cuda.py those of CUDA C++ that take few rows alone.
     """
     return [
         name
         for name, row in backends.BACKENDS.items()
-        if name not in ("cpu", "cpu-batch-invariant")
+        if name not in ("cpu", "cpu-batch-invariant", "cuda-gemv")
         and not name.startswith("triton-")
         and row.reason(op, format, device_of(name), torch.float32) is None
     ]

@@ -16,6 +16,7 @@
     library   the scratch of split; the launch of Z also writes Y0 = s·Z·Bᵀ + bias, that of dA also
               dX0 = drop(dZ·A), and a GEMM of the library accumulates onto them
     merge     Ŵ + s·B·A in the scratch; a GEMM of the library is all of 2 resp. 3
+    gemv      no kernel of Triton's: `peft_fast.cuda`, for a handful of rows
 
 A scratch has a bound (`peft_fast.scratch`); a larger weight takes two more launches for each further panel,
 and a bias in another dtype than X one more, which rounds it, where the library adds it.
@@ -39,6 +40,7 @@ import functools
 import torch
 from torch import Tensor
 
+from peft_fast import cuda
 from peft_fast.errors import BackendUnavailable
 from peft_fast.formats import QuantizedWeight
 from peft_fast.reference import Gradients, Needs
@@ -83,6 +85,10 @@ def lora_linear(
     """As `reference.lora_linear`: (Y [M, N] in x.dtype, Z [M, R] fp32), for contiguous operands."""
     o = Operands(x, weight, lora_A, lora_B, dropout_mask, out_scale, scaling, dropout_p)
     strategy = _strategy("forward", o, strategy)
+    if strategy == strategies.GEMV:
+        return cuda.Gemv.lora_linear(
+            x, weight, bias, lora_A, lora_B, dropout_mask, out_scale, scaling, dropout_p
+        )
     M, N, _, R = o.sizes
     y, z = empty((M, N), x.dtype, x.device), empty((M, R), torch.float32, x.device)
     if strategy == "splitk":
@@ -113,6 +119,10 @@ def lora_linear_backward(
     """As `reference.lora_linear_backward`, for contiguous operands."""
     o = Operands(x, weight, lora_A, lora_B, dropout_mask, out_scale, scaling, dropout_p)
     strategy = _strategy("backward", o, strategy)
+    if strategy == strategies.GEMV:
+        return cuda.Gemv.lora_linear_backward(
+            grad, x, weight, lora_A, lora_B, z, dropout_mask, out_scale, bias, y, scaling, dropout_p, needs
+        )
     (M, N, K, R), device = o.sizes, x.device
     needs_dz = needs.lora_A or (needs.x and strategy != "merge")
     sums = lora_backward.Sums(

@@ -6,6 +6,7 @@
     library   the scratch of split; the low-rank term is written first, in the dtype of X, and the library's
               GEMM adds to it: in float16 that term alone must stay below 65504
     merge     scratch = out_scale ⊙ (Ŵ + s·B·A), rounded once; the library's GEMM is all that is left
+    gemv      up to 8 rows of a 4-bit weight, by CUDA C++ (`peft_fast.cuda`, backend "cuda-gemv"), where built
 
 Forward and backward are chosen apart: Z [M, R] fp32, all that one hands to the other, is the same for each.
 
@@ -34,11 +35,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from peft_fast import scratch
+from peft_fast import cuda, scratch
 
 from . import target
 
 NAMES = ("splitk", "fused", "split", "library", "merge")
+GEMV = "gemv"  # of the names that a table may have, the one that is not carried out by Triton
 FALLBACKS = ("merge", "library", "split", "fused")  # the last runs everything
 MAIN_LOOPS = ("fused", "split")
 SPLITK_ROWS = 128
@@ -69,8 +71,12 @@ def inadmissible(strategy: str, problem: Problem) -> str | None:
     Raises:
         ValueError: no such strategy.
     """
-    if strategy not in NAMES:
-        raise ValueError(f"strategy: expected one of {NAMES}, got {strategy!r}")
+    if strategy not in (GEMV, *NAMES):
+        raise ValueError(f"strategy: expected one of {(GEMV, *NAMES)}, got {strategy!r}")
+    if strategy == GEMV and problem.M > cuda.MOST_ROWS:
+        return f"gemv takes up to {cuda.MOST_ROWS} rows, got {problem.M}"
+    if strategy == GEMV and problem.format == "dense":
+        return "gemv decodes 4-bit weights, got a dense one"
     if strategy == "splitk" and problem.M > SPLITK_ROWS:
         return f"splitk takes up to {SPLITK_ROWS} rows, got {problem.M}"
     if strategy == "split" and problem.format != "dense":
@@ -104,10 +110,19 @@ def may_run(strategy: str, problem: Problem) -> bool:
     return inadmissible(strategy, problem) is None and (strategy != "merge" or merge_by_default(problem))
 
 
-def candidates(problem: Problem) -> tuple[str, ...]:
-    """The strategies that can run a problem and differ: over a dense weight, split is fused."""
-    names = (name for name in NAMES if inadmissible(name, problem) is None)
+def candidates(problem: Problem, gemv: bool = False) -> tuple[str, ...]:
+    """The strategies that can run a problem and differ: over a dense weight, split is fused.
+
+    `gemv` says whether that is among them; predictions leave it out, so that it runs where it was measured.
+    """
+    wanted = (GEMV, *NAMES) if gemv else NAMES
+    names = (name for name in wanted if inadmissible(name, problem) is None)
     return tuple(name for name in names if not (name == "split" and problem.format == "dense"))
+
+
+def backend_of(strategy: str) -> str:
+    """The backend that runs a strategy by name."""
+    return f"cuda-{strategy}" if strategy == GEMV else f"triton-{strategy}"
 
 
 # --------------------------------------------------------------------------------------------------- tables
@@ -232,8 +247,8 @@ def _row(where: str, row: Any) -> Row:
         up_to = math.inf if last else up_to
         if up_to <= (choices[-1].up_to if choices else 0):
             raise ValueError(f"{where_choice}: up_to_M: expected more than before, from 1, got {up_to}")
-        if not set(names) <= set(NAMES):
-            raise ValueError(f"{where_choice}: expected names of {NAMES}, got {names}")
+        if not set(names) <= {GEMV, *NAMES}:
+            raise ValueError(f"{where_choice}: expected names of {(GEMV, *NAMES)}, got {names}")
         choices.append(Choice(up_to, tuple(names)))
     if not choices:
         raise ValueError(f"{where}: choices: expected at least [null, name], got []")
@@ -271,12 +286,13 @@ def fastest(times: Mapping[int, Mapping[str, float]]) -> tuple[Choice, ...]:
     """The choices of a row, from the time of each strategy at some numbers of rows M.
 
     A choice holds up to the last M measured before another is better. It names what is fastest, and after
-    merge, which is not always allowed, what is fastest without it.
+    merge and gemv, which are not always allowed or built, what is fastest without them.
     """
     choices: list[Choice] = []
     for M, seconds in sorted(times.items()):
         ranked = sorted(seconds, key=lambda name: seconds[name])
-        names = tuple(ranked[: 2 if ranked[0] == "merge" else 1])
+        sure = next((i for i, name in enumerate(ranked) if name not in ("merge", GEMV)), len(ranked))
+        names = tuple(ranked[: sure + 1])
         if choices and choices[-1].names == names:
             choices.pop()
         choices.append(Choice(M, names))
@@ -331,26 +347,31 @@ def _ranges(
     if len(rows) > 1 and distance(rows[0], *sizes) > distance(rows[1], *sizes) + FAR:
         row = rows[1]
     small = device_type == "cuda" and target.is_small(target.arch(torch.device(device_type, index)))
-    return ranges(row, problem, small)
+    gemv = cuda.unavailable(problem.format, device_type, problem.dtype, index) is None
+    return ranges(row, problem, small, gemv)
 
 
-def ranges(row: Row | None, problem: Problem, small: bool = False) -> tuple[tuple[float, str], ...]:
+def ranges(
+    row: Row | None, problem: Problem, small: bool = False, gemv: bool = False
+) -> tuple[tuple[float, str], ...]:
     """(up to how many rows, strategy) for a problem of any M, by a row, or without one by `FALLBACKS`.
 
-    `small` architectures (`target.is_small`) take a main loop in Triton only where nothing else can run.
+    `small` architectures (`target.is_small`) take a main loop in Triton only where nothing else can run;
+    `gemv` says whether that is there.
     """
     choices = row.choices if row is not None else (Choice(math.inf, ()),)
-    ends = sorted({choice.up_to for choice in choices} | {SPLITK_ROWS})
+    limits = (cuda.MOST_ROWS, SPLITK_ROWS)
+    ends = sorted({choice.up_to for choice in choices} | set(limits))
     found: list[tuple[float, str]] = []
     for end in ends:
         choice = next(choice for choice in choices if end <= choice.up_to)
         # Between two ends all M may run the same strategies: those of any M between stand for them.
-        M = SPLITK_ROWS if end <= SPLITK_ROWS else SPLITK_ROWS + 1
+        M = next((limit for limit in limits if end <= limit), SPLITK_ROWS + 1)
         at = problem._replace(M=M)
         names = (*choice.names, *FALLBACKS)
         if small:
             names = sorted(names, key=lambda name: name in MAIN_LOOPS)
-        name = next(name for name in names if may_run(name, at))
+        name = next(name for name in names if may_run(name, at) and (gemv or name != GEMV))
         if found and found[-1][1] == name:
             found.pop()
         found.append((end, name))
