@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,14 +30,16 @@ def lora_linear(
     *,
     scaling: float = 1.0,
     lora_bias: Tensor | None = None,
+    out_scale: Tensor | None = None,
     dropout_p: float = 0.0,
     training: bool = True,
     backend: str = "auto",
 ) -> Tensor:
-    """Y = X·Ŵᵀ + s·(drop(X)·Aᵀ·Bᵀ + lora_bias) + bias, in one fused op (LoRA, arXiv 2106.09685, eq. 3).
+    """Y = out_scale ⊙ (X·Ŵᵀ + s·drop(X)·Aᵀ·Bᵀ) + s·lora_bias + bias, in one fused op.
 
-    Gradients flow to x, lora_A, lora_B, bias and lora_bias; the weight is frozen. Inside autocast, x is cast
-    to the autocast dtype, as `F.linear` does; the low-rank factors are used as they are, accumulated in fp32.
+    LoRA (arXiv 2106.09685, eq. 3) without an out_scale. Gradients flow to x, lora_A, lora_B, bias, lora_bias
+    and out_scale; the weight is frozen. Inside autocast, x is cast to the autocast dtype, as `F.linear` does;
+    the low-rank factors are used as they are, accumulated in fp32.
 
     Args:
         x: activations [..., K], float32, float16 or bfloat16.
@@ -46,6 +49,7 @@ def lora_linear(
         bias: [N] or None.
         scaling: s, lora_alpha / r (LoRA) or lora_alpha / √r (rsLoRA).
         lora_bias: bias of the low-rank branch [N], scaled by s as in PEFT, or None.
+        out_scale: [N], any floating dtype, or None for one; as c of `dora_linear` while it takes gradients.
         dropout_p: dropout probability on the input of the low-rank branch; draws the mask that
             `F.dropout(x, p)` would draw, and only when `training`.
         training: as in `F.dropout`.
@@ -69,6 +73,8 @@ def lora_linear(
     if training and dropout_p > 0.0:
         mask = torch.ops.peft_fast.dropout_mask(x, dropout_p)
     p = dropout_p if mask is not None else 0.0
+    if out_scale is not None:
+        return _scaled(x, weight, bias, out_scale, (lora_A, lora_B, mask), scaling, p, backend)
     return autograd.lora_linear(x, weight, bias, lora_A, lora_B, mask, None, scaling, p, backend)
 
 
@@ -135,16 +141,12 @@ def dora_linear(
         norm = norm.detach()
     ops.check_vector("norm", norm, weight.out_features, weight.weight.device)
     dtype = accumulation_dtype(x.dtype)
-    scale = _nonzero(magnitude.to(dtype) / norm.to(dtype), x.dtype)
+    scale = magnitude.to(dtype) / norm.to(dtype)
     dropping = training and dropout_p > 0.0
     if not dropping or dropout == "paper":
         mask = torch.ops.peft_fast.dropout_mask(x, dropout_p) if dropping else None
         p = dropout_p if dropping else 0.0
-        # Y/c is precise only without the bias.
-        after = bias if torch.is_grad_enabled() and scale.requires_grad else None
-        inside = bias if after is None else None
-        y = autograd.lora_linear(x, weight, inside, lora_A, lora_B, mask, scale, scaling, p, backend)
-        return y if after is None else (y + after).to(x.dtype)
+        return _scaled(x, weight, bias, scale, (lora_A, lora_B, mask), scaling, p, backend)
     # X_d = grown·kept: kept loses no bits in half precision, and the scale takes the factor.
     keep = F.dropout(torch.ones_like(x), dropout_p) != 0
     grown = dropout_scale(dropout_p)
@@ -369,6 +371,18 @@ def _as_autocast(x: Tensor) -> Tensor:
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device_type))
     return x
+
+
+def _scaled(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None, scale: Tensor, factors: Any, *scalars: Any
+) -> Tensor:
+    """`autograd.lora_linear` with any out_scale; where that takes a gradient, bias is added after it."""
+    scale = _nonzero(scale.to(accumulation_dtype(x.dtype)), x.dtype)
+    # Y/out_scale, of which the gradient is made, is precise only without the bias.
+    after = bias if torch.is_grad_enabled() and scale.requires_grad else None
+    inside = bias if after is None else None
+    y = autograd.lora_linear(x, weight, inside, *(*factors, scale, *scalars))
+    return y if after is None else (y + after).to(x.dtype)
 
 
 def _nonzero(scale: Tensor, dtype: torch.dtype) -> Tensor:

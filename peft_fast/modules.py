@@ -110,7 +110,7 @@ def fused_lora_forward(
     result back to the dtype x came in; autocast wins over `compute_dtype`.
     """
     y = lora_linear(
-        _in_compute_dtype(base, x),
+        in_compute_dtype(base, x),
         from_linear(base),
         lora_A,
         lora_B,
@@ -121,7 +121,7 @@ def fused_lora_forward(
         training=training,
         backend=backend,
     )
-    return _as_base_returns(base, y, x.dtype)
+    return as_base_returns(base, y, x.dtype)
 
 
 def fused_base_forward(base: nn.Linear, x: Tensor, backend: str = "auto") -> Tensor:
@@ -159,7 +159,7 @@ def fused_dora_forward(
     if squares is not None:
         norm = dora.lora_weight_norm(weight, lora_A, lora_B, scaling, norms_squared=squares, backend=backend)
     y = dora_linear(
-        _in_compute_dtype(base, x),
+        in_compute_dtype(base, x),
         weight,
         lora_A,
         lora_B,
@@ -173,15 +173,17 @@ def fused_dora_forward(
         norm_grad=norm_grad,
         backend=backend,
     )
-    return _as_base_returns(base, y, x.dtype)
+    return as_base_returns(base, y, x.dtype)
 
 
-def _in_compute_dtype(base: nn.Linear, x: Tensor) -> Tensor:
+def in_compute_dtype(base: nn.Linear, x: Tensor) -> Tensor:
+    """x in the dtype that a `Linear4bit` was told to compute in."""
     dtype = vars(base).get("compute_dtype")  # nn.Module's getattr is slow where nothing is found
     return x if dtype is None else x.to(dtype)
 
 
-def _as_base_returns(base: nn.Linear, y: Tensor, dtype: torch.dtype) -> Tensor:
+def as_base_returns(base: nn.Linear, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """y in the `dtype` that x came in, where `base` is a `Linear4bit`."""
     return y.to(dtype) if y.dtype != dtype and is_linear4bit(base) else y
 
 
