@@ -11,7 +11,7 @@ from tolerances import assert_as_exact
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from peft_fast import DoRALinear, LoRALinear, accelerate, dequantize, explain, restore
+from peft_fast import DoRALinear, LoRALinear, accelerate, dequantize, explain, native, restore
 from peft_fast.formats import from_linear
 
 K, N = 24, 40
@@ -38,6 +38,14 @@ def test_every_dtype(backend, dtype, out_scale):
 @pytest.mark.parametrize(("M", "K", "N", "R"), [(1, 64, 16, 16), (3, 65, 33, 7), (50, 37, 130, 2)])
 def test_awkward_shapes(backend, M, K, N, R):
     check(transposed(Case.make("dense", (M,), K, N, R, dropout_p=0.2)), backend)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", [f"cpu-{level}" for level in native.levels()])
+@pytest.mark.parametrize(("M", "K", "N"), [(1, 601, 50), (4, 515, 47), (20, 601, 531), (33, 130, 1030)])
+def test_several_panels_and_a_part_of_one(backend, dtype, M, K, N):
+    check(transposed(Case.make("dense", (M,), K, N, 3, dtype=dtype)), backend)
 
 
 @pytest.mark.parametrize("shape", [(33, 65), (300, 7), (64, 64)])

@@ -6,7 +6,8 @@
 
 namespace peft_fast::PEFT_FAST_LEVEL {
 
-constexpr int64_t kFewOut = 48;  // outputs of one forward item
+constexpr int64_t kFewOut = 48;        // outputs of one forward item
+constexpr int64_t kColumnsAhead = 32;  // columns from one that is read to the one that is asked for
 
 // out[j][m] = x[m] · w[j] for M rows x [M][x_row] and J rows w [J][w_row] of n values.
 template <int M, int J>
@@ -53,12 +54,51 @@ inline void dot_packed_rows(const GroupDecoder& group, const float* x, int64_t K
     for (int m = 0; m < M; ++m) out[r][m] = sum(acc[r][m]);
 }
 
+// base[i][m] = x[m] · w[:, n0 + i] for n rows of a weight that is stored as w [K, N]; each is summed over
+// kSteps columns in order, then over those sums.
+template <int M>
+inline void dot_columns(const Weight& w, const float* x, int64_t n0, int64_t n, float (*base)[M]) {
+  constexpr int J = 3, kWidth = J * kLanes;
+  const int64_t N = w.N, K = w.K;
+  std::memset(base, 0, n * sizeof(*base));
+  visit(w.dense.dtype, [&](auto* type) {
+    using E = std::remove_pointer_t<decltype(type)>;
+    const E* const data = static_cast<const E*>(w.dense.data);
+    for (int64_t k0 = 0; k0 < K; k0 += kSteps)
+      for (int64_t i = 0; i < n; i += kWidth) {
+        const int64_t count = min(kWidth, n - i);
+        V acc[M][J] = {};
+        E padded[kWidth] = {};
+        for (int64_t k = k0; k < min(k0 + kSteps, K); ++k) {
+          const int64_t begin = k * N + n0 + i;
+          prefetch<2>(w.dense, begin + kColumnsAhead * N, kWidth, N * K);
+          const E* run = data + begin;
+          if (count < kWidth) run = static_cast<E*>(std::memcpy(padded, run, count * sizeof(E)));
+#pragma GCC unroll 3
+          for (int j = 0; j < J; ++j) {
+            const V wj = load(run + j * kLanes);
+#pragma GCC unroll 4
+            for (int m = 0; m < M; ++m) acc[m][j] = fma(wj, splat(x[m * K + k]), acc[m][j]);
+          }
+        }
+        float sums[M][kWidth];
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 3
+          for (int j = 0; j < J; ++j) store(sums[m] + j * kLanes, acc[m][j]);
+        for (int64_t c = 0; c < count; ++c)
+          for (int m = 0; m < M; ++m) base[i + c][m] += sums[m][c];
+      }
+  });
+}
+
 // base[i][m] = x[m] · Ŵ[n0 + i] for n <= kFewOut rows of the weight; row is scratch [K].
 template <int M>
 inline void few_outputs(const Weight& w, const float* x, int64_t n0, int64_t n, float* row,
                         float (*base)[M]) {
   constexpr int kRows = 2;
   const int64_t K = w.K;
+  if (w.transposed) return dot_columns<M>(w, x, n0, n, base);
   if (is_dense(w) || K % kTileCols != 0) {
     for (int64_t i = 0; i < n; ++i) {
       decode(w, (n0 + i) * K, K, row);

@@ -34,17 +34,19 @@ class GroupDecoder {
 
 // Asks for elements [begin, begin + n) of an array to be brought near, as far as they lie before `end`.
 // Blocks are read down columns of a matrix, which the hardware does not foresee. Always inlined: GCC takes a
-// function that only prefetches for one without effect, and drops the call.
+// function that only prefetches for one without effect, and drops the call. Locality 2 is the second cache:
+// lines that lie a page apart share few sets of the first one.
+template <int Locality = 3>
 PEFT_FAST_INLINE void prefetch(const void* data, int64_t bits, int64_t begin, int64_t n, int64_t end) {
   const int64_t stop = min(begin + n, end) * bits / 8;
   for (int64_t byte = begin * bits / 8; byte < stop; byte += 64)
-    __builtin_prefetch(static_cast<const char*>(data) + byte);
+    __builtin_prefetch(static_cast<const char*>(data) + byte, 0, Locality);
 }
+template <int Locality = 3>
 PEFT_FAST_INLINE void prefetch(Operand src, int64_t begin, int64_t n, int64_t end) {
-  prefetch(src.data, src.dtype == DType::kFloat32 ? 32 : 16, begin, n, end);
+  prefetch<Locality>(src.data, src.dtype == DType::kFloat32 ? 32 : 16, begin, n, end);
 }
 PEFT_FAST_INLINE void prefetch(const Weight& w, int64_t begin, int64_t n) {
-  if (w.transposed) return;
   if (is_dense(w)) return prefetch(w.dense, begin, n, w.N * w.K);
   prefetch(w.four_bit.packed, 4, begin, n, w.N * w.K);
 }
@@ -117,6 +119,67 @@ inline bool in_groups(const Weight& w, const Stretch& at) {
   return !is_dense(w) && w.K % kTileCols == 0 && at.cols % kTileCols == 0;
 }
 
+// out[i * row + c] = cell c of row i, for i < rows and c < cells: read(c, i, n, column) writes the cells c of
+// rows i.., at most kRun, which follow each other where the weight is stored as [K, N].
+constexpr int64_t kRun = 64;
+template <class Read>
+inline void transpose_runs(int64_t rows, int64_t cells, float* out, int64_t row, Read read) {
+  float columns[kTileCols * kRun];
+  for (int64_t i = 0; i < rows; i += kRun)
+    for (int64_t c = 0; c < cells; c += kTileCols) {
+      const int64_t n = min(kRun, rows - i), count = min(kTileCols, cells - c);
+      for (int64_t j = 0; j < count; ++j) read(c + j, i, n, columns + j * kRun);
+      transpose(columns, kRun, count, n, out + i * row + c, row);
+    }
+}
+
+// A stretch of a weight that is stored as [K, N].
+class Columns {
+ public:
+  Columns(const Weight& w, const Stretch& at)
+      : w_(w), at_(at), ahead_((at.next % w.K - at.k0) * w.N + at.next / w.K - at.row0) {}
+
+  // out[0:n] = rows i.. of column c, which is zero past the last one.
+  void read(int64_t c, int64_t i, int64_t n, float* out) const {
+    if (c >= at_.cols) {
+      std::memset(out, 0, n * sizeof(float));
+      return;
+    }
+    const int64_t begin = (at_.k0 + c) * w_.N + at_.row0 + i;
+    prefetch(w_.dense, begin + ahead_, n, w_.N * w_.K);
+    to_float(w_.dense, begin, n, out);
+  }
+  // Cell c, and cell p of column c, of rows i..: one and the same where a cell holds one value.
+  void along(Single, int64_t c, int64_t i, int64_t n, float* cells) const { read(c, i, n, cells); }
+  void across(Single, int64_t c, int64_t p, int64_t n, float* cells) const { read(c, p, n, cells); }
+#ifdef PEFT_FAST_PAIRS
+  void along(Pair, int64_t c, int64_t i, int64_t n, float* cells) const;
+  void across(Pair, int64_t c, int64_t p, int64_t n, float* cells) const;
+#endif
+
+ private:
+  const Weight& w_;
+  const Stretch& at_;
+  const int64_t ahead_;
+};
+
+// decode_along and pack_across of a weight that is stored as [K, N].
+template <class Cell>
+inline void transpose_along(const Weight& w, const Stretch& at, float* out) {
+  const Columns columns(w, at);
+  transpose_runs(
+      at.rows, blocks(at.cols, Cell::kValues), out, kPanelRow,
+      [&](int64_t c, int64_t i, int64_t n, float* cells) { columns.along(Cell(), c, i, n, cells); });
+}
+template <class Cell>
+inline void transpose_across(const Weight& w, const Stretch& at, PackedB panel) {
+  const Columns columns(w, at);
+  for (int64_t k = 0; k < at.cols; k += kTileCols)
+    transpose_runs(
+        panel.depth, panel.width(k), panel.row(k, 0), panel.width(k),
+        [&](int64_t c, int64_t p, int64_t n, float* cells) { columns.across(Cell(), k + c, p, n, cells); });
+}
+
 // src[begin:begin+n] as cells, the last one padded with zero.
 inline void to_cells(Single, Operand src, int64_t begin, int64_t n, float* cells) {
   to_float(src, begin, n, cells);
@@ -124,6 +187,7 @@ inline void to_cells(Single, Operand src, int64_t begin, int64_t n, float* cells
 
 // Each row of the stretch as cells along it, to out, out + kPanelRow, ...
 inline void decode_along(Single, const Weight& w, const Stretch& at, float* out) {
+  if (w.transposed) return transpose_along<Single>(w, at, out);
   const GroupDecoder group(w.four_bit);
   const bool whole = in_groups(w, at);
   for (int64_t i = 0; i < at.rows; ++i, out += kPanelRow) {
@@ -138,6 +202,7 @@ inline void decode_along(Single, const Weight& w, const Stretch& at, float* out)
 
 // Row p of `panel` = row p of the stretch.
 inline void pack_across(Single, const Weight& w, const Stretch& at, PackedB panel) {
+  if (w.transposed) return transpose_across<Single>(w, at, panel);
   const GroupDecoder group(w.four_bit);
   const bool whole = in_groups(w, at);
   for (int64_t p = 0; p < at.rows; ++p) {
@@ -164,7 +229,29 @@ inline void to_cells(Pair, Operand src, int64_t begin, int64_t n, float* cells) 
     from_float(static_cast<const float*>(src.data) + begin, n, {cells, DType::kBFloat16}, 0);
 }
 
+// cells[0:n] = values of two rows or columns, rounded to bf16.
+inline void pair_up(const float* low, const float* high, int64_t n, float* cells) {
+  for (int64_t k = 0; k < n; k += kLanes) {
+    const Bits first = bfloat16_bits(load(low + k)), second = bfloat16_bits(load(high + k));
+    store(cells + k, (V)(first | second << 16));
+  }
+}
+
+inline void Columns::along(Pair, int64_t c, int64_t i, int64_t n, float* cells) const {
+  float values[2][kRun] = {};
+  read(2 * c, i, n, values[0]);
+  read(2 * c + 1, i, n, values[1]);
+  pair_up(values[0], values[1], n, cells);
+}
+inline void Columns::across(Pair, int64_t c, int64_t p, int64_t n, float* cells) const {
+  float values[2 * kRun];
+  const int64_t count = min(2 * n, at_.rows - 2 * p);
+  read(c, 2 * p, count, values);
+  to_cells(Pair(), {values, DType::kFloat32}, 0, count, cells);
+}
+
 inline void decode_along(Pair, const Weight& w, const Stretch& at, float* out) {
+  if (w.transposed) return transpose_along<Pair>(w, at, out);
   const GroupDecoder group(w.four_bit);
   const bool whole = in_groups(w, at);
   for (int64_t i = 0; i < at.rows; ++i, out += kPanelRow) {
@@ -189,6 +276,7 @@ inline void decode_along(Pair, const Weight& w, const Stretch& at, float* out) {
 
 // Row p of `panel` = cells of rows 2p and 2p + 1 of the stretch; past its last row there is zero.
 inline void pack_across(Pair, const Weight& w, const Stretch& at, PackedB panel) {
+  if (w.transposed) return transpose_across<Pair>(w, at, panel);
   const GroupDecoder group(w.four_bit);
   const bool whole = in_groups(w, at);
   for (int64_t p = 0; p < panel.depth; ++p) {
@@ -200,10 +288,7 @@ inline void pack_across(Pair, const Weight& w, const Stretch& at, PackedB panel)
       float values[2][kSteps] = {}, cells[kSteps];
       decode(w, upper, at.cols, values[0]);
       if (has_lower) decode(w, lower, at.cols, values[1]);
-      for (int64_t k = 0; k < at.cols; k += kLanes) {
-        const Bits low = bfloat16_bits(load(values[0] + k)), high = bfloat16_bits(load(values[1] + k));
-        store(cells + k, (V)(low | high << 16));
-      }
+      pair_up(values[0], values[1], at.cols, cells);
       pack_values(panel, p, cells);
       continue;
     }
