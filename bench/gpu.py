@@ -157,7 +157,7 @@ def lora_linear(plan: Plan, seconds: float) -> Commands:
     csv = plan.out / "lora_linear.csv"
     shared = ("--device", plan.device, "--csv", csv)
     sound = plan.sound("float32" if plan.quick else "bfloat16")
-    # On a GPU "auto" is "triton", and one wrong backend keeps a shape from being timed.
+    # On a GPU "auto" is "triton"; with it, what is known to be wrong is left out from the start.
     automatic = sound is None or "triton" in sound or plan.device == "cpu"
     backends = [*(["auto"] if automatic else []), *(sound or [])]
     peers = ["peft"] if installed("peft") and installed("bitsandbytes") else []

@@ -178,13 +178,6 @@ def test_gradcheck_of_the_formula(act, terms, drop_state):
     assert torch.autograd.gradcheck(of, list(leaves.values()))
 
 
-def test_a_second_derivative_is_refused():
-    h, R = torch.randn(3, 16, requires_grad=True), torch.randn(2, 16)
-    (grad,) = torch.autograd.grad(loreft(h, R).square().sum(), h, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize(("rows", "residual"), [(None, False), (ROWS, True)])
 def test_opcheck(backend, rows, residual):
     case = ReftCase.make((2, 9), 24, 3, terms=2, rows=rows, residual=residual, dropout_p=0.3).on(backend)

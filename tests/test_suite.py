@@ -316,7 +316,11 @@ def test_figures_are_drawn_from_a_file(results, tmp_path):
     lines = {line.get_label(): line for line in axis.lines if not line.get_label().startswith("_")}
     assert list(lines) == ["ours", "peft", "ours[reference]"]
     ours = {int(row["M"]): float(row["over_dense"]) for row in rows if row["provider"] == "ours"}
-    assert dict(zip(*lines["ours"].get_data(), strict=True)) == ours
+    drawn: dict[int, float] = {}
+    for line in axis.lines:  # in pieces, of which the noisy ones are faint
+        if line.get_color() == lines["ours"].get_color():
+            drawn.update(zip(*line.get_data(), strict=True))
+    assert drawn == ours
 
 
 def test_the_later_of_two_rows_is_drawn(results):
