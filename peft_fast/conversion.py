@@ -16,6 +16,8 @@ import torch
 from bitsandbytes.nn import Params4bit
 from torch import nn
 
+from .base_models import HEADS
+from .config import METHODS
 from .functional import check_choice
 from .modules import is_linear4bit
 from .quantization import Storage, check_unadapted, is_within, names_of, quantizable, replace
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
     from .reft import ReftModel
-
-METHODS = ("lora", "dora", "loreft")
 
 
 def convert(
@@ -129,7 +129,7 @@ def _excluding(given: str | Iterable[str] | None, names: list[str]) -> Any:
 
 def _saved(config: LoraConfig | LoReFTConfig) -> tuple[str, ...]:
     """Ends of names of the modules that PEFT trains and saves whole."""
-    heads = ("classifier", "score") if getattr(config, "task_type", None) in ("SEQ_CLS", "TOKEN_CLS") else ()
+    heads = HEADS if getattr(config, "task_type", None) in ("SEQ_CLS", "TOKEN_CLS") else ()
     return (*(getattr(config, "modules_to_save", None) or ()), *heads)
 
 

@@ -203,6 +203,7 @@ def loreft(
         The edited H [..., d], in the dtype of h, or the one that `h + residual` promotes to.
 
     Raises:
+        NotImplementedError: its gradients are differentiated in turn.
         ValueError, TypeError: an argument does not fit; the message names it.
         BackendUnavailable: the named backend cannot run this case.
     """
