@@ -4,6 +4,7 @@ Nothing of torch's Python bindings. Instruction sets of the CPU are chosen at ru
 none. CUDA kernels are part of it where `csrc/cuda/nvcc.py` says so; such a library loads without CUDA too.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -37,10 +38,19 @@ class Build(build_ext):
         self.force = True  # what is there may be for other architectures
         if ARCHS:
             print(f"CUDA: {nvcc.find()} for {' '.join(ARCHS)}", flush=True)
-            kernels = nvcc.objects(Path("build", "cuda"), ARCHS)
-            # The runtime is linked in, so that the library needs no other, and its names stay inside.
-            extension.extra_objects = [*map(str, kernels), str(nvcc.library())]
-            extension.extra_link_args = ["-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+            try:
+                kernels = [*nvcc.objects(Path("build", "cuda"), ARCHS), nvcc.library()]
+            except RuntimeError as error:
+                if "PEFT_FAST_CUDA_ARCHS" in os.environ:
+                    raise
+                # Nobody asked for it: a toolkit that does not fit the compiler costs no kernel of the CPU's.
+                print(f"CUDA: left out, because {error}", flush=True)
+                extension.sources = [s for s in extension.sources if Path(s).parent.name != "cuda"]
+                extension.define_macros = MACROS
+            else:
+                # The runtime is linked in, so that the library needs no other, and its names stay inside.
+                extension.extra_objects = list(map(str, kernels))
+                extension.extra_link_args = ["-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
         super().build_extension(extension)
 
 

@@ -86,6 +86,9 @@ def missing() -> str | None:
     """What of the toolchain is not here; None when all of it is."""
     if nvcc.find() is None:
         return "nvcc: not found on the PATH, in $CUDA_HOME or in /usr/local/cuda"
+    known = nvcc.run(["--list-gpu-arch"]).split()
+    if new := [f"sm_{arch}" for arch in nvcc.ALL if f"compute_{arch}" not in known]:
+        return f"nvcc: expected one that compiles for {', '.join(new)}, got {version()}"
     return None if cuobjdump() else "cuobjdump: not found on the PATH or in Triton"
 
 

@@ -50,7 +50,7 @@ RANKS, THIN_ROWS = 32, 32
 CHUNKS, PROGRAMS, SPLITK_PROGRAMS = 8, 128, 512
 
 # As in csrc/cuda/backward.cu: columns and least rows of a partial sum of dX, blocks, and most partial sums.
-GEMV_COLUMNS, GEMV_ROWS, GEMV_BLOCKS, GEMV_SPLITS, GEMV_CHUNKS = 256, 64, 512, 64, 16
+GEMV_COLUMNS, GEMV_ROWS, GEMV_BLOCKS, GEMV_SPLITS, GEMV_CHUNKS = 256, 64, 512, 64, 32
 
 
 class Device(NamedTuple):

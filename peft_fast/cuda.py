@@ -18,6 +18,7 @@ from .errors import BackendUnavailable
 from .formats import QuantizedWeight
 from .reference import Gradients, Needs
 
+FORMATS = ("dense", "nf4", "fp4")
 MOST_ROWS = 8
 BUILD_HINT = (
     'build it with `PEFT_FAST_CUDA_ARCHS="80 90 100 120" pip install --no-build-isolation -e .` (needs nvcc)'
@@ -65,11 +66,19 @@ def _device_error(library: Library, index: int) -> str | None:
     return f"was compiled for {architectures}, which an sm_{major}{minor} does not run"
 
 
+@functools.cache
+def _missing(library: Library) -> str | None:
+    """Why no kernel starts whatever the GPU: a torch without CUDA, or a driver older than the build."""
+    return str(getattr(torch.ops, library.namespace).missing()) or None
+
+
 def _gpu_error(index: int | None) -> str | None:
     if torch.version.hip is not None:
         return "needs an NVIDIA GPU"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
+    if (error := _missing(LIBRARY)) is not None:
+        return error
     return _device_error(LIBRARY, torch.cuda.current_device() if index is None else index)
 
 
@@ -77,6 +86,8 @@ def unavailable(format: str, device: str, dtype: torch.dtype, index: int | None 
     """Why the kernels cannot take activations of `dtype` there (by default on the current GPU); or None."""
     if device != LIBRARY.device:
         return f"runs on {LIBRARY.device} tensors, got {device}"
+    if format not in FORMATS:
+        return f"it decodes nf4 and fp4 weights, got {format}"
     if (error := _load_error(LIBRARY)) is not None:
         return error
     if device == "cuda" and (error := _gpu_error(index)) is not None:
@@ -97,7 +108,7 @@ def gemv_unavailable(format: str, device: str, dtype: torch.dtype) -> str | None
 
 
 class Gemv:
-    """lora_linear of 1 to MOST_ROWS tokens on a 4-bit weight: two launches forward, two backward.
+    """lora_linear of up to MOST_ROWS tokens on a 4-bit weight: two launches forward, two backward.
 
     Ŵ is decoded in fp32 and not rounded; sums are fp32, in an order that the shape alone decides.
     """
@@ -145,9 +156,9 @@ class Gemv:
 
 
 def _check_rows(x: Tensor) -> None:
-    if not 1 <= len(x) <= MOST_ROWS:
+    if len(x) > MOST_ROWS:
         raise BackendUnavailable(
-            f"backend 'cuda-gemv' cannot run lora_linear here: it takes 1 to {MOST_ROWS} rows, got {len(x)}"
+            f"backend 'cuda-gemv' cannot run lora_linear here: it takes up to {MOST_ROWS} rows, got {len(x)}"
         )
 
 

@@ -114,6 +114,7 @@ def test_only_what_is_needed_is_computed(device):
 def test_operands_may_lie_anywhere(device, packed, xs):
     """A weight and an X that begin off the boundaries of wide loads."""
     case = Case.make("nf4", (3,), 64, 40, 4, dtype=torch.float16)
+    case = case.on("cuda-gemv") if device == "cuda" else case
     expected = run(case, device)
     case.weight = case.weight._replace(weight=shifted(case.weight.weight, packed))
     case.x = shifted(case.x, xs)
@@ -123,12 +124,33 @@ def test_operands_may_lie_anywhere(device, packed, xs):
 
 def shifted(t: torch.Tensor, elements: int) -> torch.Tensor:
     """The values of t in memory that begins so many elements after an allocation."""
-    room = torch.empty(t.numel() + elements, dtype=t.dtype)
+    room = torch.empty(t.numel() + elements, dtype=t.dtype, device=t.device)
     return room[elements:].copy_(t.flatten()).view(t.shape)
 
 
+def test_no_rows(device):
+    """An empty batch, which a strategy for few rows is chosen for too."""
+    case = Case.make("nf4", (0,), 64, 40, 4, out_scale=True)
+    got, plain = run(case, device), case.plain()
+    assert got.keys() == plain.keys()
+    for name, value in got.items():
+        assert torch.equal(value, plain[name]), name
+
+
+@pytest.mark.parametrize(("M", "K"), [(1, 1056), (5, 1056), (3, 97)])
+def test_what_is_not_finite_stays_where_it_belongs(device, M, K):
+    """In X, dY, A, B and a scale, each alone: results are finite where plain PyTorch's are."""
+    for operand in ("x", "grad", "lora_A", "lora_B", "out_scale"):
+        for value in (torch.inf, -torch.inf, torch.nan):
+            case = Case.make("nf4", (M,), K, 70, 9, out_scale=True)
+            getattr(case, operand).view(-1)[-2] = value
+            got, plain = run(case, device), case.plain()
+            for name, expected in plain.items():
+                assert torch.equal(got[name].isfinite(), expected.isfinite()), (operand, value, name)
+
+
 def test_what_it_cannot_run_is_refused(device):
-    with pytest.raises(BackendUnavailable, match="it takes 1 to 8 rows, got 9"):
+    with pytest.raises(BackendUnavailable, match="it takes up to 8 rows, got 9"):
         run(Case.make("nf4", (9,), 64, 32, 2), device)
     assert "dense" in cuda.gemv_unavailable("dense", device, torch.float32)
     assert "float64" in cuda.gemv_unavailable("nf4", device, torch.float64)
@@ -303,6 +325,7 @@ def test_a_library_with_cuda_says_that_there_is_no_gpu(monkeypatch):
         op = "dequantize" if name == "cuda-dequant" else "lora_linear"
         assert backends.availability(op, "nf4", "cuda", torch.bfloat16)[name] == "torch sees no GPU"
     assert "got cpu" in cuda.unavailable("nf4", "cpu", torch.float32)
+    assert "got int8" in cuda.unavailable("int8", cuda.LIBRARY.device, torch.float32)
 
 
 # -------------------------------------------------------------------------------------------- memory, streams

@@ -14,10 +14,11 @@
 
 namespace peft_fast::cuda {
 
-inline Arguments arguments_beside([[maybe_unused]] const Tensor& first) {
+inline Arguments arguments_beside([[maybe_unused]] const char* name, [[maybe_unused]] const Tensor& first) {
 #ifdef PEFT_FAST_EMULATED
   return Arguments::on_cpu();
 #else
+  STD_TORCH_CHECK(first.is_cuda(), name, ": expected a cuda tensor, got another device");
   return Arguments::on_gpu_of(first);
 #endif
 }

@@ -33,6 +33,12 @@ PEFT_FAST_DEVICE int dealt(int c) {
   return (half * 4 + pair) * 8 + t * 2 + side;
 }
 
+// What rounding leaves of a value, and nothing of an infinity.
+PEFT_FAST_DEVICE float rest_of(float value, float rounded) {
+  const float rest = value - rounded;
+  return rest == rest ? rest : 0.0f;
+}
+
 // update[half][pair] [16, 8] += B [row .., ranks] · A [ranks, column ..]; one product of rounded operands, or
 // where `exact` three, of what rounding leaves too.
 PEFT_FAST_DEVICE void add_update(const Write& w, int64_t row, int64_t column, bool exact, float* shared_a,
@@ -55,7 +61,7 @@ PEFT_FAST_DEVICE void add_update(const Write& w, int64_t row, int64_t column, bo
         const int64_t n = row + g + i % 2 * 8, r = first + at + t + i / 2 * 4;
         const float value = n < N && r < R ? load(w.lora_B, n * R + r) : 0.0f;
         b[i] = round_to_tf32(value);
-        b_rest[i] = round_to_tf32(value - b[i]);
+        b_rest[i] = round_to_tf32(rest_of(value, b[i]));
       }
 #pragma unroll
       for (int tile = 0; tile < 8; ++tile) {
@@ -65,7 +71,7 @@ PEFT_FAST_DEVICE void add_update(const Write& w, int64_t row, int64_t column, bo
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           a[i] = round_to_tf32(values[i]);
-          a_rest[i] = round_to_tf32(values[i] - a[i]);
+          a_rest[i] = round_to_tf32(rest_of(values[i], a[i]));
         }
         float (&sums)[4] = update[tile / 4][tile % 4];
         if (exact) {
@@ -79,55 +85,73 @@ PEFT_FAST_DEVICE void add_update(const Write& w, int64_t row, int64_t column, bo
 }
 
 template <bool kMerge, bool kAligned, class Store>
-PEFT_FAST_DEVICE void write_block(const Write& w, WriteShared<kMerge>& s, Store store_eight) {
+PEFT_FAST_DEVICE void write_block(const Write& w, bool exact, WriteShared<kMerge>& s, Store store_eight) {
   const FourBit& q = w.weight.four_bit;
-  const int64_t N = w.weight.N, K = w.weight.K, columns = (K + kBlockColumns - 1) / kBlockColumns;
+  const int64_t N = w.weight.N, K = w.weight.K;
   const int lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
-  const int64_t row = blockIdx.x / columns * kBlockRows + threadIdx.x / kLanes * 16;
-  const int64_t column = blockIdx.x % columns * kBlockColumns;
+  const auto columns = static_cast<unsigned>((K + kBlockColumns - 1) / kBlockColumns);
+  const int64_t row = static_cast<int64_t>(blockIdx.x / columns) * kBlockRows + threadIdx.x / kLanes * 16;
+  const int64_t column = static_cast<int64_t>(blockIdx.x % columns) * kBlockColumns;
 
-  uint32_t words[2][2] = {};
-  if constexpr (kAligned) {
+  // Of the four eights of a lane.
+  const int64_t begin = (row + g) * K + column + t * 8;
+  const auto inside = [&](int i) { return row + g + i / 2 * 8 < N && column + i % 2 * 32 + t * 8 < K; };
+  const auto element = [&](int i) { return begin + i / 2 * 8 * K + i % 2 * 32; };
+  uint32_t words[4] = {};
+  float scales[4] = {}, out_scales[2] = {};
+  const auto read_scales = [&] {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int64_t n = row + g + i / 2 * 8, k = column + i % 2 * 32 + t * 8;
-      if (n < N && k < K) words[i / 2][i % 2] = word_at(q, n * K + k);
+      if (kAligned && inside(i)) scales[i] = block_scale(q, element(i) >> q.block_shift);
     }
+  };
+  // All loads come before the first store, which would hold later ones back; a merge has no registers for all
+  // of them at once.
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (kAligned && inside(i)) words[i] = word_at(q, element(i));
   }
+  if constexpr (!kMerge) read_scales();
   if (threadIdx.x < 16) s.code[threadIdx.x] = q.code[threadIdx.x];
   __syncthreads();
   float update[2][4][4] = {};
-  if constexpr (kMerge) add_update(w, row, column, w.out.dtype == DType::kFloat32, s.a, update);
+  if constexpr (kMerge) {
+    add_update(w, row, column, exact, s.a, update);
+    read_scales();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t n = row + g + i * 8;
+      out_scales[i] = w.out_scale != nullptr && n < N ? w.out_scale[n] : 1.0f;
+    }
+  }
 
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int64_t n = row + g + i / 2 * 8, first = column + i % 2 * 32 + t * 8;
     if (n >= N || first >= K) continue;
-    const float out_scale = w.out_scale != nullptr ? w.out_scale[n] : 1.0f;
-    const float scale = kAligned ? block_scale(q, (n * K + first) >> q.block_shift) : 0.0f;
     float value[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const int shift = j / 2 * 8 + (j % 2 == 0 ? 4 : 0);
       if constexpr (kAligned) {
-        value[j] = s.code[words[i / 2][i % 2] >> shift & 0xF] * scale;
+        value[j] = s.code[words[i] >> shift & 0xF] * scales[i];
       } else {
         value[j] = first + j < K ? decode_element(q, n * K + first + j) : 0.0f;
       }
       if constexpr (kMerge) {
         // Adding nothing would still turn −0 to 0.
         if (w.R > 0) value[j] = value[j] + update[i % 2][j / 2][i / 2 * 2 + j % 2] * w.scaling;
+        value[j] = value[j] * out_scales[i / 2];
       }
-      if (w.out_scale != nullptr) value[j] = value[j] * out_scale;
     }
     store_eight(n, first, value);
   }
 }
 
 template <DType D, bool kMerge>
-__global__ void __launch_bounds__(kThreads) write_kernel(Write w) {
+__global__ void __launch_bounds__(kThreads, 2) write_kernel(Write w) {
   PEFT_FAST_SHARED(WriteShared<kMerge>, s);
-  write_block<kMerge, true>(w, s, [&](int64_t n, int64_t k, const float (&value)[8]) {
+  write_block<kMerge, true>(w, D == DType::kFloat32, s, [&](int64_t n, int64_t k, const float (&value)[8]) {
     store8<D>(w.out.data, n * w.weight.K + k, value);
   });
 }
@@ -135,9 +159,11 @@ __global__ void __launch_bounds__(kThreads) write_kernel(Write w) {
 // Any K and any alignment.
 __global__ void __launch_bounds__(kThreads) write_any_kernel(Write w) {
   PEFT_FAST_SHARED(WriteShared<true>, s);
-  write_block<true, false>(w, s, [&](int64_t n, int64_t k, const float (&value)[8]) {
-    for (int j = 0; j < 8 && k + j < w.weight.K; ++j) store(w.out, n * w.weight.K + k + j, value[j]);
-  });
+  write_block<true, false>(w, w.out.dtype == DType::kFloat32, s,
+                           [&](int64_t n, int64_t k, const float (&value)[8]) {
+                             for (int j = 0; j < 8 && k + j < w.weight.K; ++j)
+                               store(w.out, n * w.weight.K + k + j, value[j]);
+                           });
 }
 
 }  // namespace
@@ -149,7 +175,8 @@ const char* write(const Write& w, cudaStream_t stream) {
   if (!fast) return launch(write_any_kernel, blocks, kThreads, stream, w);
   return with_dtype(w.out.dtype, [&](auto dtype) {
     constexpr DType D = decltype(dtype)::value;
-    const auto kernel = w.R > 0 ? write_kernel<D, true> : write_kernel<D, false>;
+    const bool merge = w.R > 0 || w.out_scale != nullptr;
+    const auto kernel = merge ? write_kernel<D, true> : write_kernel<D, false>;
     return launch(kernel, blocks, kThreads, stream, w);
   });
 }

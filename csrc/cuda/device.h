@@ -30,6 +30,14 @@ PEFT_FAST_DEVICE float bits_to_float(uint32_t bits) {
 #endif
 }
 
+PEFT_FAST_DEVICE uint32_t float_to_bits(float value) {
+#ifdef __CUDACC__
+  return __float_as_uint(value);
+#else
+  return __builtin_bit_cast(uint32_t, value);
+#endif
+}
+
 PEFT_FAST_DEVICE float half_to_float(uint16_t h) {
 #ifdef __CUDACC__
   float value;
@@ -73,6 +81,23 @@ PEFT_FAST_DEVICE float load(const Operand& t, int64_t i) {
   if (t.dtype == DType::kFloat32) return load<DType::kFloat32>(t.data, i);
   if (t.dtype == DType::kFloat16) return load<DType::kFloat16>(t.data, i);
   return load<DType::kBFloat16>(t.data, i);
+}
+
+template <DType D, int Count>
+PEFT_FAST_DEVICE void load_strided(const void* data, int64_t i, int64_t stride, int64_t count,
+                                   float (&value)[Count]) {
+#pragma unroll
+  for (int j = 0; j < Count; ++j) value[j] = j < count ? load<D>(data, i + j * stride) : 0.0f;
+}
+
+// Elements i, i + stride, .. of t, `count` of them and then zeros. All loads are under way at once, as they
+// are not where each asks for the dtype anew.
+template <int Count>
+PEFT_FAST_DEVICE void load_strided(const Operand& t, int64_t i, int64_t stride, int64_t count,
+                                   float (&value)[Count]) {
+  if (t.dtype == DType::kFloat32) return load_strided<DType::kFloat32>(t.data, i, stride, count, value);
+  if (t.dtype == DType::kFloat16) return load_strided<DType::kFloat16>(t.data, i, stride, count, value);
+  load_strided<DType::kBFloat16>(t.data, i, stride, count, value);
 }
 
 // Elements i .. i + 7 of an array of dtype D, at a multiple of 16 bytes.
@@ -120,26 +145,32 @@ PEFT_FAST_DEVICE void store(const Result& t, int64_t i, float value) {
   store<DType::kBFloat16>(t.data, i, value);
 }
 
+// Four registers to a multiple of 16 bytes.
+PEFT_FAST_DEVICE void store16(void* at, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+#ifdef __CUDACC__
+  // Written out: the compiler takes some of these stores apart.
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(at), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+#else
+  *static_cast<uint4*>(at) = uint4{a, b, c, d};
+#endif
+}
+
 // Eight values to a multiple of 16 bytes.
 template <DType D>
 PEFT_FAST_DEVICE void store8(void* data, int64_t i, const float (&value)[8]) {
   if constexpr (D == DType::kFloat32) {
-    float4* const at = reinterpret_cast<float4*>(static_cast<float*>(data) + i);
-    at[0] = float4{value[0], value[1], value[2], value[3]};
-    at[1] = float4{value[4], value[5], value[6], value[7]};
+    float* const at = static_cast<float*>(data) + i;
+#pragma unroll
+    for (int j = 0; j < 8; j += 4) {
+      store16(at + j, float_to_bits(value[j]), float_to_bits(value[j + 1]), float_to_bits(value[j + 2]),
+              float_to_bits(value[j + 3]));
+    }
   } else {
-    uint4* const at = reinterpret_cast<uint4*>(static_cast<uint16_t*>(data) + i);
-    const uint32_t words[4] = {pack<D>(value[0], value[1]), pack<D>(value[2], value[3]),
-                               pack<D>(value[4], value[5]), pack<D>(value[6], value[7])};
-#ifdef __CUDACC__
-    // Written out: the compiler takes some of these stores apart.
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
-                 :
-                 : "l"(at), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
-                 : "memory");
-#else
-    *at = uint4{words[0], words[1], words[2], words[3]};
-#endif
+    store16(static_cast<uint16_t*>(data) + i, pack<D>(value[0], value[1]), pack<D>(value[2], value[3]),
+            pack<D>(value[4], value[5]), pack<D>(value[6], value[7]));
   }
 }
 

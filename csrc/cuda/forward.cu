@@ -1,4 +1,4 @@
-// Y and Z of one to eight tokens on a packed weight, in two launches:
+// Y and Z of up to eight tokens on a packed weight, in two launches:
 //
 //   Z = drop(X)·Aᵀ                                    a block for each rank
 //   Y = out_scale ⊙ (X·Ŵᵀ + s·Z·Bᵀ) + bias            a warp for four rows of Ŵ, or some warps for a part of
@@ -29,7 +29,7 @@ struct DownShared {
   float sums[kWarps][kMostRows];
 };
 
-template <bool kAligned>
+template <DType D, bool kAligned>
 __global__ void __launch_bounds__(kThreads) down_kernel(Forward f) {
   PEFT_FAST_SHARED(DownShared, s);
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
@@ -37,16 +37,18 @@ __global__ void __launch_bounds__(kThreads) down_kernel(Forward f) {
   float sums[kMostRows] = {};
   if constexpr (kAligned) {
     for (int64_t k = threadIdx.x * 8; k < K; k += kThreads * 8) {
-      float a[8];
+      float a[8], x[kMostRows][8] = {};
+      int keep[kMostRows];
+#pragma unroll
+      for (int m = 0; m < kMostRows; ++m) {
+        if (m < f.M) load8<D>(f.x.data, m * K + k, x[m]);
+        keep[m] = m < f.M && f.dropout.mask != nullptr ? f.dropout.mask[(m * K + k) / 8] : 0xFF;
+      }
       load8(f.lora_A, r * K + k, a);
 #pragma unroll
       for (int m = 0; m < kMostRows; ++m) {
-        if (m >= f.M) break;
-        float x[8];
-        load8(f.x, m * K + k, x);
-        const int keep = f.dropout.mask == nullptr ? 0xFF : f.dropout.mask[(m * K + k) / 8];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) sums[m] = fmaf(keep >> j & 1 ? x[j] : 0.0f, a[j], sums[m]);
+        for (int j = 0; j < 8; ++j) sums[m] = fmaf(keep[m] >> j & 1 ? x[m][j] : 0.0f, a[j], sums[m]);
       }
     }
   } else {
@@ -55,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) down_kernel(Forward f) {
 #pragma unroll
       for (int m = 0; m < kMostRows; ++m) {
         if (m >= f.M) break;
-        if (kept(f.dropout, m, k, K)) sums[m] = fmaf(load(f.x, m * K + k), a, sums[m]);
+        if (kept(f.dropout, m, k, K)) sums[m] = fmaf(load<D>(f.x.data, m * K + k), a, sums[m]);
       }
     }
   }
@@ -73,15 +75,14 @@ __global__ void __launch_bounds__(kThreads) down_kernel(Forward f) {
 template <int Rows, int M>
 PEFT_FAST_DEVICE void add_low_rank(const Forward& f, int64_t row, int lane, float (&sums)[Rows * M]) {
   for (int64_t r = lane; r < f.R; r += kLanes) {
-    float z[M];
+    float z[M], b[Rows];
 #pragma unroll
     for (int m = 0; m < M; ++m) z[m] = m < f.M ? f.z[m * f.R + r] : 0.0f;
+    load_strided(f.lora_B, row * f.R + r, f.R, f.weight.N - row, b);
 #pragma unroll
     for (int i = 0; i < Rows; ++i) {
-      if (row + i >= f.weight.N) break;
-      const float b = f.scaling * load(f.lora_B, (row + i) * f.R + r);
 #pragma unroll
-      for (int m = 0; m < M; ++m) sums[i * M + m] = fmaf(z[m], b, sums[i * M + m]);
+      for (int m = 0; m < M; ++m) sums[i * M + m] = fmaf(z[m], f.scaling * b[i], sums[i * M + m]);
     }
   }
 }
@@ -121,7 +122,19 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(Forward f, int spl
     bytes[i] = reinterpret_cast<const uint32_t*>(w.packed) + (from + down(i) + part * kStep<M>) / 8 + lane;
   }
 
+  // Lane l has the scales of the 32 weights that begin at first + 32 l, of the next step where registers
+  // allow.
+  constexpr bool kAhead = M == 1;
+  float scales[kRows] = {};
+  const auto read_scales = [&](int first) {
+    const int at = first + lane * 32;
+    if (at >= K || lane * 32 >= kStep<M>) return;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) scales[i] = scale_at(w, from + down(i) + at);
+  };
+
   // The first bytes are under way while the table is filled, and later ones while their elders are used.
+  const float2 entry = entry_of(w.code);
   uint32_t words[kRows][kStrips<M>];
 #pragma unroll
   for (int t = 0; t < kStrips<M>; ++t) {
@@ -129,18 +142,14 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(Forward f, int spl
 #pragma unroll
     for (int i = 0; i < kRows; ++i) words[i][t] = inside ? bytes[i][t * kLanes] : 0;
   }
-  fill(s.table, w.code);
+  if constexpr (kAhead) read_scales(part * kStep<M>);
+  fill(s.table, entry);
   __syncthreads();
 
+  const Copy copy = copy_of(s.table, lane);
   float sums[kRows * M] = {};
   for (int first = part * kStep<M>; first < K; first += stride) {
-    // Lane l has the scales of the 32 weights that begin at first + 32 l.
-    const int at = first + lane * 32;
-    float scales[kRows] = {};
-    if (at < K && lane * 32 < kStep<M>) {
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) scales[i] = scale_at(w, from + down(i) + at);
-    }
+    if constexpr (!kAhead) read_scales(first);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) bytes[i] += stride / 8;
 #pragma unroll
@@ -150,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(Forward f, int spl
       float codes[kRows][8], scale[kRows];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        look_up(s.table, lane, words[i][t], codes[i]);
+        look_up(copy, words[i][t], codes[i]);
         scale[i] = shuffle(scales[i], t * (kStrip / 32) + lane / 4);
         words[i][t] = inside ? bytes[i][t * kLanes] : 0;
       }
@@ -168,6 +177,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(Forward f, int spl
         }
       }
     }
+    if constexpr (kAhead) read_scales(first + stride);
   }
   if (part == 0) add_low_rank<kRows, M>(f, row, lane, sums);
 
@@ -209,12 +219,16 @@ __global__ void __launch_bounds__(kThreads) forward_any_kernel(Forward f) {
 }  // namespace
 
 const char* forward(const Forward& f, cudaStream_t stream) {
+  if (f.M == 0) return nullptr;
   const int64_t N = f.weight.N, K = f.weight.K;
   const bool by_eight = K % 8 == 0 && aligned(f.x.data, 16) && aligned(f.lora_A.data, 16);
   const bool fast =
       K % 32 == 0 && is_small(f.weight) && aligned(f.x.data, 16) && aligned(f.weight.four_bit.packed, 4);
-  const auto down = by_eight ? down_kernel<true> : down_kernel<false>;
-  if (const char* error = launch(down, f.R, kThreads, stream, f)) return error;
+  const char* const error = with_dtype(f.x.dtype, [&](auto dtype) {
+    constexpr DType D = decltype(dtype)::value;
+    return launch(by_eight ? down_kernel<D, true> : down_kernel<D, false>, f.R, kThreads, stream, f);
+  });
+  if (error != nullptr) return error;
   if (!fast) return launch(forward_any_kernel, ceil_div(N, kWarps), kThreads, stream, f);
   return with_dtype(f.x.dtype, [&](auto dtype) {
     return with_rows(f.M, [&](auto rows) {

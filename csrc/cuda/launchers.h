@@ -26,7 +26,7 @@ struct Write {
   Result out;  // [N, K]
 };
 
-// Each returns null, or what went wrong. `forward` and `backward` take 1 to kMostRows tokens of one dtype.
+// Each returns null, or what went wrong. `forward` and `backward` take up to kMostRows tokens of one dtype.
 const char* forward(const Forward& f, cudaStream_t stream);
 const char* backward(const Backward& b, const Partials& sums, cudaStream_t stream);
 const char* write(const Write& w, cudaStream_t stream);

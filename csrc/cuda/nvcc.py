@@ -20,6 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SOURCES = tuple(sorted(HERE.glob("*.cu")))
 ALL = ("80", "90", "100", "120")
+LEAST = 80  # the first with bfloat16 and TF32
 FLAGS = (
     "-O3",
     "-std=c++17",
@@ -43,7 +44,7 @@ def wanted() -> tuple[str, ...]:
 
     Raises:
         RuntimeError: some are asked for, and there is no nvcc.
-        ValueError: an architecture is not a number with a letter at most.
+        ValueError: an architecture is not a number of at least LEAST with a letter at most.
     """
     asked = os.environ.get("PEFT_FAST_CUDA_ARCHS")
     if asked is None:
@@ -52,12 +53,13 @@ def wanted() -> tuple[str, ...]:
         if find() is None or torch.version.cuda is None or not torch.cuda.is_available():
             return ()
         major, minor = torch.cuda.get_device_capability()
-        return (f"{major}{minor}",) if major >= 8 else ()
+        return (f"{major}{minor}",) if 10 * major + minor >= LEAST else ()
     archs = [] if asked.strip() in ("", "0") else re.split(r"[\s,;]+", asked.strip())
-    wrong = [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?", arch)]
+    wrong = [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?", arch) or number(arch) < LEAST]
     if wrong:
         raise ValueError(
-            f"PEFT_FAST_CUDA_ARCHS: expected architectures such as '80 90a', got {' '.join(wrong)}"
+            f"PEFT_FAST_CUDA_ARCHS: expected architectures from {LEAST} on such as '80 90a', "
+            f"got {' '.join(wrong)}"
         )
     if archs and find() is None:
         raise RuntimeError("PEFT_FAST_CUDA_ARCHS: expected nvcc in $CUDA_HOME/bin or on the PATH, found none")

@@ -9,10 +9,12 @@
 #ifdef PEFT_FAST_EMULATED
 using cudaStream_t = void*;
 #else
+#include <dlfcn.h>
+
 using cudaStream_t = struct CUstream_st*;  // as cuda_runtime.h has it
-// Weak, so that the library loads beside a torch that has no CUDA; the ops below are then never called.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                   void** ret_stream);
+// Of the runtime that is linked in, which is not torch's.
+extern "C" int cudaDriverGetVersion(int* version);
+extern "C" int cudaRuntimeGetVersion(int* version);
 #endif
 
 #include "launchers.h"
@@ -24,17 +26,50 @@ void check_launch(const char* error) {
   STD_TORCH_CHECK(error == nullptr, "a CUDA kernel did not start: ", error);
 }
 
-cudaStream_t current_stream(int32_t device) {
-  void* stream = nullptr;
-#ifndef PEFT_FAST_EMULATED
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                  "expected a torch with CUDA, got one without");
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+#ifdef PEFT_FAST_EMULATED
+std::string missing() {
+  return "";
+}
+
+cudaStream_t current_stream(int32_t) {
+  return nullptr;
+}
 #else
-  static_cast<void>(device);
-#endif
+// torch's function for the current stream of a device; null beside a torch without CUDA. It is looked up in
+// the library that has it: this one is loaded beside either torch, so it depends on the CPU's alone, and the
+// dynamic linker searches no other for it.
+auto stream_function() {
+  using Function = AOTITorchError (*)(int32_t device, void** stream);
+  static const auto found = [] {
+    void* const torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return torch_cuda ? reinterpret_cast<Function>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream"))
+                      : nullptr;
+  }();
+  return found;
+}
+
+std::string version_text(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+// Why no kernel of this library can start here, apart from the GPU itself; empty when one can.
+std::string missing() {
+  if (stream_function() == nullptr) return "needs a torch with CUDA, which this one is not";
+  int driver = 0, runtime = 0;
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+  if (driver / 1000 >= runtime / 1000) return "";
+  return "was built with CUDA " + version_text(runtime) + ", the driver runs " +
+         (driver > 0 ? "up to " + version_text(driver) : "none");
+}
+
+cudaStream_t current_stream(int32_t device) {
+  STD_TORCH_CHECK(stream_function() != nullptr, missing());
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(stream_function()(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
+#endif
 
 // The device of a call is the current one for as long as this lives.
 class Guard {
@@ -51,14 +86,14 @@ class Guard {
 
 int64_t few_rows(const Tensor& x) {
   const int64_t M = rows_of("x", x);
-  STD_TORCH_CHECK(M >= 1 && M <= kMostRows, "x: expected 1 to ", kMostRows, " rows, got ", M);
+  STD_TORCH_CHECK(M <= kMostRows, "x: expected up to ", kMostRows, " rows, got ", M);
   return M;
 }
 
 std::tuple<Tensor, Tensor> lora_linear(Tensor x, WEIGHT_PARAMETERS, std::optional<Tensor> bias, Tensor lora_A,
                                        Tensor lora_B, std::optional<Tensor> dropout_mask,
                                        std::optional<Tensor> out_scale, double scaling, double dropout_p) {
-  const Arguments on = arguments_beside(x);
+  const Arguments on = arguments_beside("x", x);
   const Guard guard(on);
   Forward f{};
   f.weight = packed_weight(on, WEIGHT_ARGUMENTS);
@@ -85,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
     std::optional<Tensor> dropout_mask, std::optional<Tensor> out_scale, std::optional<Tensor> bias,
     std::optional<Tensor> y, double scaling, double dropout_p, bool needs_x, bool needs_A, bool needs_B,
     bool needs_bias, bool needs_out_scale) {
-  const Arguments on = arguments_beside(x);
+  const Arguments on = arguments_beside("x", x);
   const Guard guard(on);
   Backward b{};
   b.weight = packed_weight(on, WEIGHT_ARGUMENTS);
@@ -124,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
 
 Tensor write_weight(WEIGHT_PARAMETERS, std::optional<Tensor> lora_A, std::optional<Tensor> lora_B,
                     std::optional<Tensor> out_scale, double scaling, Tensor out) {
-  const Arguments on = arguments_beside(weight);
+  const Arguments on = arguments_beside("weight", weight);
   const Guard guard(on);
   Write w{};
   w.weight = packed_weight(on, WEIGHT_ARGUMENTS);
@@ -162,6 +197,7 @@ STABLE_TORCH_LIBRARY(PEFT_FAST_CUDA_NAMESPACE, m) {
   m.def("write(" WEIGHT_SCHEMA
         ", Tensor? lora_A, Tensor? lora_B, Tensor? out_scale, float scaling, Tensor(a!) out) -> Tensor(a!)");
   m.def("architectures() -> str");
+  m.def("missing() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(PEFT_FAST_CUDA_NAMESPACE, PEFT_FAST_CUDA_KEY, m) {
@@ -172,6 +208,7 @@ STABLE_TORCH_LIBRARY_IMPL(PEFT_FAST_CUDA_NAMESPACE, PEFT_FAST_CUDA_KEY, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(PEFT_FAST_CUDA_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("architectures", TORCH_BOX(&architectures));
+  m.impl("missing", TORCH_BOX(&missing));
 }
 
 }  // namespace

@@ -25,25 +25,56 @@ struct PairTable {
   float2 entries[256][kCopies];
 };
 
-// By all of the 256 threads of a block, each its byte; visible after the next barrier.
-PEFT_FAST_DEVICE void fill(PairTable& table, const float* code) {
+// The entry that this one of the 256 threads of a block fills in.
+PEFT_FAST_DEVICE float2 entry_of(const float* code) {
+  return {code[threadIdx.x >> 4], code[threadIdx.x & 15]};
+}
+
+// By all threads of a block, each its entry; visible after the next barrier.
+PEFT_FAST_DEVICE void fill(PairTable& table, float2 pair) {
   const int byte = threadIdx.x;
-  const float2 pair{code[byte >> 4], code[byte & 15]};
   // Neighbours write to different copies, that is, to different banks.
 #pragma unroll
   for (int i = 0; i < kCopies; ++i) table.entries[byte][(byte + i) % kCopies] = pair;
 }
 
+// Where the copy of a lane begins.
+#ifdef __CUDACC__
+using Copy = uint32_t;  // an address of shared memory
+#else
+using Copy = const char*;
+#endif
+
+PEFT_FAST_DEVICE Copy copy_of(const PairTable& table, int lane) {
+  const float2* const start = &table.entries[0][lane % kCopies];
+#ifdef __CUDACC__
+  return static_cast<uint32_t>(__cvta_generic_to_shared(start));
+#else
+  return reinterpret_cast<Copy>(start);
+#endif
+}
+
+PEFT_FAST_DEVICE float2 pair_at(Copy at) {
+#ifdef __CUDACC__
+  float2 pair;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(at));
+  return pair;
+#else
+  return *reinterpret_cast<const float2*>(at);
+#endif
+}
+
 // The codes of the eight weights in four bytes, in the order of memory. A byte lies 128 times its value from
-// the start of a lane's copy: a shift and a logical operation with three operands.
-PEFT_FAST_DEVICE void look_up(const PairTable& table, int lane, uint32_t word, float (&codes)[8]) {
-  static_assert(sizeof(table.entries[0]) == 128);
-  const char* const start = reinterpret_cast<const char*>(table.entries);
-  const uint32_t copy = lane % kCopies * sizeof(float2);
+// the start of a copy: masked where it stands, it takes one more instruction to shift and add it.
+PEFT_FAST_DEVICE void look_up(Copy copy, uint32_t word, float (&codes)[8]) {
+  static_assert(sizeof(PairTable::entries[0]) == 128);
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const uint32_t at = ((j == 0 ? word << 7 : word >> (8 * j - 7)) & 0x7F80u) | copy;
-    const float2 pair = *reinterpret_cast<const float2*>(start + at);
+    uint32_t byte = word & 0xFFu << 8 * j;
+#ifdef __CUDACC__
+    asm("and.b32 %0, %1, %2;" : "=r"(byte) : "r"(word), "r"(0xFFu << 8 * j));  // else shifted first
+#endif
+    const float2 pair = pair_at(copy + (j == 0 ? byte << 7 : byte >> (8 * j - 7)));
     codes[2 * j] = pair.x;
     codes[2 * j + 1] = pair.y;
   }
