@@ -52,7 +52,11 @@ TARGETS = {
     "gfx1100": Target(GPUTarget("hip", "gfx1100", 32), 64),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TYPES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "u8", torch.int64: "i64"}
+TYPES = {dtype: name for name, dtype in DTYPES.items()} | {
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int64: "i64",
+}
 # Constants that count the parts of a reduction: only whether there are several changes the code.
 PARTS = ("SPLIT", "DOWN_SPLIT", "UP_SPLIT")
 # The sizes that are the pitch of a matrix: whether they are divisible by 16 decides how it is read.
@@ -72,8 +76,8 @@ class Variant(NamedTuple):
 
 
 # Weights are nested, the longest decode, in blocks of 64 (nf4) or 128 (nf4-128); `odd` is nf4 with a K that
-# is not a multiple of the block size. fp4 is the same code. Adapters in the dtype of the activations take
-# fewer registers than fp32 ones: the odd and dense variants alone show them.
+# is not a multiple of the block size. fp4 is the same code, and mxfp4 but for its blocks of 32. Adapters in
+# the dtype of the activations take fewer registers than fp32 ones: odd and dense variants alone show them.
 VARIANTS = (
     Variant("bf16", "fp32", "nf4"),
     Variant("bf16", "bf16", "odd"),
@@ -83,13 +87,18 @@ VARIANTS = (
     Variant("fp32", "fp32", "odd"),
     Variant("bf16", "fp32", "nf4", True),
     Variant("fp32", "fp32", "nf4", True),
+    Variant("bf16", "fp32", "mxfp4"),
+    Variant("bf16", "fp32", "int8"),
+    Variant("bf16", "fp32", "fp8"),
 )
 # Rows of X, by strategy: one for each tile that a launcher picks by M. Odd sizes and out_scale are compiled
-# where they change the decode or its place; the other strategies have the same in part.
+# where they change the decode or its place; the other strategies have the same in part. Formats that differ
+# from nf4 in the decode alone are compiled in the tiles with the most of them.
 ROWS = {
     "splitk": (16, 64), "fused": (16, 64, 4096), "split": (4096,), "library": (4096, 8192), "merge": (4096,)
 }  # fmt: skip
 SPECIAL = ("splitk", "fused", "merge")
+DECODES = ("mxfp4", "int8", "fp8")
 
 
 class Case(NamedTuple):
@@ -208,7 +217,10 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def weight_of(storage: str, N: int, K: int, dtype: torch.dtype) -> QuantizedWeight:
     if storage == "dense":
         return from_dense(tensor(N, K, dtype=dtype))
-    blocksize = 128 if storage == "nf4-128" else 64
+    if storage in ("int8", "fp8"):
+        data = tensor(N, K, dtype=torch.int8 if storage == "int8" else torch.uint8)
+        return QuantizedWeight(data, tensor(N), None, None, None, None, storage, N, K, K, 0)
+    blocksize = {"nf4-128": 128, "mxfp4": 32}.get(storage, 64)
     blocks = -(-N * K // blocksize)
     return QuantizedWeight(
         tensor((N * K + 1) // 2, dtype=torch.uint8), tensor(blocks, dtype=torch.uint8), tensor(16),
@@ -225,6 +237,8 @@ def lora_linear() -> Iterator[tuple[str, str, Callable[[], None]]]:
             if (odd or variant.out_scale) and strategy not in SPECIAL:
                 continue
             if variant.out_scale and strategy == "fused" and M < 4096:  # the tiles with the most registers
+                continue
+            if variant.weight in DECODES and (strategy, M) not in (("splitk", 16), ("fused", 4096)):
                 continue
             M, N, K, R = (M - 1, 4095, 4090, 31) if odd else (M, 4096, 4096, rank)
             mask = None if strategy == "merge" or R == 0 else tensor(M, (K + 7) // 8, dtype=torch.uint8)

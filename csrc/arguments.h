@@ -10,16 +10,17 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "cpu/kernels.h"
+#include "text.h"
 
 // The weight arguments are the fields of QuantizedWeight (peft_fast/formats.py), in that order.
 #define WEIGHT_SCHEMA                                                                         \
   "Tensor weight, Tensor? absmax, Tensor? code, Tensor? nested_absmax, Tensor? nested_code, " \
   "Tensor? nested_offset, str format, int out_features, int in_features, int blocksize, "     \
   "int nested_blocksize"
-#define WEIGHT_PARAMETERS                                                                                 \
-  Tensor weight, std::optional<Tensor> absmax, std::optional<Tensor> code,                                \
-      std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,                             \
-      std::optional<Tensor> nested_offset, std::string format, int64_t out_features, int64_t in_features, \
+#define WEIGHT_PARAMETERS                                                                          \
+  Tensor weight, std::optional<Tensor> absmax, std::optional<Tensor> code,                         \
+      std::optional<Tensor> nested_absmax, std::optional<Tensor> nested_code,                      \
+      std::optional<Tensor> nested_offset, Text format, int64_t out_features, int64_t in_features, \
       int64_t blocksize, int64_t nested_blocksize
 #define WEIGHT_ARGUMENTS                                                                              \
   weight, absmax, code, nested_absmax, nested_code, nested_offset, format, out_features, in_features, \
@@ -126,14 +127,26 @@ class Arguments {
                         !__builtin_mul_overflow(out_features, in_features, &numel) && numel < INT64_MAX / 8,
                     "out_features, in_features: expected positive sizes, got ", out_features, ", ",
                     in_features);
-    Weight w{out_features, in_features, {}, false, {}};
+    Weight w{};
+    w.N = out_features;
+    w.K = in_features;
     if (format == "dense") {
       w.transposed = weight.dim() == 2 && !weight.is_contiguous();
       w.dense = w.transposed ? transposed_matrix("weight", weight, out_features, in_features)
                              : matrix("weight", weight, out_features, in_features);
       return w;
     }
-    STD_TORCH_CHECK(format == "nf4" || format == "fp4", "format: expected dense, nf4 or fp4, got ", format);
+    if (format == "int8" || format == "fp8") {
+      EightBit& q = w.eight_bit;
+      q.integers = format == "int8";
+      q.bytes = data<uint8_t>("weight", weight, q.integers ? ScalarType::Char : ScalarType::Byte, numel);
+      q.absmax = required<float>("absmax", absmax, ScalarType::Float, out_features);
+      STD_TORCH_CHECK(blocksize == in_features, "blocksize: expected the length of a row, ", in_features,
+                      ", got ", blocksize);
+      return w;
+    }
+    STD_TORCH_CHECK(format == "nf4" || format == "fp4" || format == "mxfp4",
+                    "format: expected dense, nf4, fp4, mxfp4, int8 or fp8, got ", format);
     FourBit& q = w.four_bit;
     q.block_shift = log2_blocksize("blocksize", blocksize);
     const int64_t blocks = (numel + blocksize - 1) / blocksize;

@@ -1,13 +1,16 @@
-// The decode of a 4-bit base weight, for host and device: the arithmetic of peft_fast/formats.py, bit for
+// The decode of a packed base weight, for host and device: the arithmetic of peft_fast/formats.py, bit for
 // bit.
 //
-// Flat row-major [N, K]; byte = even element << 4 | odd element; block b holds elements [b << block_shift,
-// (b + 1) << block_shift). Element i is code[nibble_i] * scale(block), in fp32. With nested quantization
-// scale(b) = nested_code[absmax_u8[b]] * nested_absmax[b >> nested_shift] + offset: multiply, round, add,
-// round. A fused multiply-add would change bits, so host code is built with -ffp-contract=off.
+// 4 bits: flat row-major [N, K]; byte = even element << 4 | odd element; block b holds elements [b <<
+// block_shift, (b + 1) << block_shift). Element i is code[nibble_i] * scale(block), in fp32. With nested
+// quantization scale(b) = nested_code[absmax_u8[b]] * nested_absmax[b >> nested_shift] + offset: multiply,
+// round, add, round. A fused multiply-add would change bits, so host code is built with -ffp-contract=off.
+//
+// 8 bits: row-major [N, K]; element (n, k) is the value of its byte times the scale of row n, in fp32.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #ifdef __CUDACC__
 #define PEFT_FAST_HOST_DEVICE __host__ __device__ __forceinline__
@@ -52,6 +55,36 @@ PEFT_FAST_HOST_DEVICE int nibble(const FourBit& w, int64_t i) {
 // The fp32 value of flat element i.
 PEFT_FAST_HOST_DEVICE float decode_element(const FourBit& w, int64_t i) {
   return w.code[nibble(w, i)] * block_scale(w, i >> w.block_shift);
+}
+
+// A packed 8-bit weight: int8 or e4m3.
+struct EightBit {
+  const uint8_t* bytes;  // [N, K]
+  const float* absmax;   // [N]
+  bool integers;         // int8, whose scale is absmax / 127
+};
+
+PEFT_FAST_HOST_DEVICE float row_scale(const EightBit& w, int64_t n) {
+  return w.integers ? w.absmax[n] * (1.0f / 127.0f) : w.absmax[n];
+}
+
+// The value of an OCP e4m3 byte: 1 sign, 4 exponent and 3 mantissa bits, no infinity, NaN where all of them
+// are set.
+PEFT_FAST_HOST_DEVICE float e4m3_value(uint8_t byte) {
+  const uint32_t magnitude = byte & 127;
+  uint32_t bits = (magnitude << 20) + (120u << 23);
+  if (magnitude == 127) bits = 0x7FC00000;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  if (magnitude < 8) value = static_cast<float>(magnitude) * 0x1p-9f;
+  return byte & 128 ? -value : value;
+}
+
+// The fp32 value of flat element i, of row n.
+PEFT_FAST_HOST_DEVICE float decode_element(const EightBit& w, int64_t i, int64_t n) {
+  const float value =
+      w.integers ? static_cast<float>(static_cast<int8_t>(w.bytes[i])) : e4m3_value(w.bytes[i]);
+  return value * row_scale(w, n);
 }
 
 }  // namespace peft_fast

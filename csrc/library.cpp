@@ -16,7 +16,7 @@ Tensor pack_mask(Tensor keep) {
   return mask;
 }
 
-bool has_level(std::string level) {
+bool has_level(Text level) {
   return level_available(level);
 }
 

@@ -11,7 +11,7 @@ const Arguments on = Arguments::on_cpu();
 std::tuple<Tensor, Tensor> lora_linear(Tensor x, WEIGHT_PARAMETERS, std::optional<Tensor> bias, Tensor lora_A,
                                        Tensor lora_B, std::optional<Tensor> dropout_mask,
                                        std::optional<Tensor> out_scale, double scaling, double dropout_p,
-                                       std::string level, bool batch_invariant) {
+                                       Text level, bool batch_invariant) {
   Forward f{};
   f.weight = on.weight(WEIGHT_ARGUMENTS);
   const int64_t N = f.weight.N, K = f.weight.K;
@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
     Tensor grad, Tensor x, WEIGHT_PARAMETERS, Tensor lora_A, Tensor lora_B, Tensor z,
     std::optional<Tensor> dropout_mask, std::optional<Tensor> out_scale, std::optional<Tensor> bias,
     std::optional<Tensor> y, double scaling, double dropout_p, bool needs_x, bool needs_A, bool needs_B,
-    bool needs_bias, bool needs_out_scale, std::string level) {
+    bool needs_bias, bool needs_out_scale, Text level) {
   Backward b{};
   b.weight = on.weight(WEIGHT_ARGUMENTS);
   const int64_t N = b.weight.N, K = b.weight.K;
@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
   return {dx, d_A, d_B, dbias, d_out_scale};
 }
 
-Tensor dequantize(WEIGHT_PARAMETERS, ScalarType dtype, std::string level) {
+Tensor dequantize(WEIGHT_PARAMETERS, ScalarType dtype, Text level) {
   const Weight w = on.weight(WEIGHT_ARGUMENTS);
   const DType out_dtype = float_dtype("dtype", dtype);
   Tensor out = torch::stable::new_empty(weight, {w.N, w.K}, dtype);

@@ -6,8 +6,7 @@
 #define EDIT_PARAMETERS \
   std::optional<Tensor> rows, Tensor projection, std::optional<Tensor> bias, Tensor basis
 #define EDIT_SCHEMA "Tensor? rows, Tensor projection, Tensor? bias, Tensor basis"
-#define DROPOUT_PARAMETERS \
-  std::optional<Tensor> dropout_mask, double dropout_p, bool drop_state, std::string act
+#define DROPOUT_PARAMETERS std::optional<Tensor> dropout_mask, double dropout_p, bool drop_state, Text act
 #define DROPOUT_SCHEMA "Tensor? dropout_mask, float dropout_p, bool drop_state, str act"
 
 namespace peft_fast {
@@ -52,7 +51,7 @@ Edit make_edit(int64_t M, int64_t d, EDIT_PARAMETERS, DROPOUT_PARAMETERS) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> loreft(Tensor h, std::optional<Tensor> residual, EDIT_PARAMETERS,
-                                          DROPOUT_PARAMETERS, std::string level) {
+                                          DROPOUT_PARAMETERS, Text level) {
   Loreft f{};
   const int64_t M = rows_of("h", h), d = h.size(1);
   f.h = on.matrix("h", h, M, d);
@@ -72,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> loreft(Tensor h, std::optional<Tensor> residu
 std::tuple<Tensor, Tensor, Tensor, Tensor> loreft_backward(Tensor grad, Tensor kept, EDIT_PARAMETERS,
                                                            Tensor z, DROPOUT_PARAMETERS, bool needs_h,
                                                            bool needs_projection, bool needs_bias,
-                                                           bool needs_basis, std::string level) {
+                                                           bool needs_basis, Text level) {
   LoreftBackward b{};
   const int64_t M = rows_of("grad", grad), d = grad.size(1);
   b.grad = on.matrix("grad", grad, M, d);

@@ -8,15 +8,21 @@ format      `weight`                 value of element i = n·K + k
 ==========  =======================  ===============================================================
 dense       [N, K] fp32/fp16/bf16    the element itself; may be the transpose of a contiguous [K, N]
 nf4, fp4    [⌈N·K/2⌉] uint8          code[nibble_i] · absmax[i // blocksize], in fp32
+mxfp4       [N·K/2] uint8            the same, with blocks of 32 and nested scales 2^(absmax − 127)
+int8        [N, K] int8              byte_i · (absmax[n] · (1/127)), in fp32
+fp8         [N, K] uint8, of e4m3fn  e4m3(byte_i) · absmax[n], in fp32
 ==========  =======================  ===============================================================
 
 4-bit layout (bitsandbytes'): flat row-major, byte = even element << 4 | odd element, blocks contiguous in
 flat order. With nested (double) quantization `absmax` is itself uint8 and stands for
 `nested_code[absmax] · nested_absmax[block // nested_blocksize] + nested_offset`, in fp32, multiply then
-add. The value is rounded once, to nearest even, to the dtype it is decoded to.
+add. The 8-bit formats have one block a row (blocksize = K) and no code. The value is rounded once, to nearest
+even, to the dtype it is decoded to.
+
+Constructors from the tensors of a checkpoint are in `packing.py`, from a layer here (`from_linear`).
 
 To add a format: a row in `FORMATS` with its check and decodes, a constructor from its owner's object, and
-the same decode in `kernels/triton_kernels/decode.py` and `csrc/decode.h`.
+the same decode in `kernels/triton_kernels/decode.py` and `csrc`; CONTRIBUTING.md has the steps.
 """
 
 from __future__ import annotations
@@ -31,6 +37,7 @@ from torch import Tensor, nn
 from .errors import UnsupportedWeight
 
 DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_STORED_DTYPES = (*DENSE_DTYPES, torch.float64)
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 # The bit patterns are the specification (bitsandbytes' get_4bit_type); a test compares them bit for bit.
@@ -42,6 +49,12 @@ NF4_CODE = (
 )  # fmt: skip
 _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 FP4_CODE = (*(v / 12.0 for v in _FP4_MAGNITUDES), 0.0, *(-v / 12.0 for v in _FP4_MAGNITUDES[1:]))
+# OCP's e2m1, and its e8m0: powers of two, and NaN (OCP Microscaling Formats Specification 1.0, 5.3, 5.4).
+_E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_CODE = (*_E2M1_MAGNITUDES, *(-v for v in _E2M1_MAGNITUDES))
+E8M0_CODE = (*(2.0**e for e in range(-127, 128)), math.nan)
+MX_BLOCKSIZE = 32
+INT8_STEP = 1.0 / 127.0
 
 
 class QuantizedWeight(NamedTuple):
@@ -69,8 +82,13 @@ class QuantizedWeight(NamedTuple):
 
     def check(self) -> QuantizedWeight:
         """Returns self, or raises `UnsupportedWeight` naming the field that contradicts the layout."""
-        if self.format not in FORMATS:
+        if not isinstance(self.weight, Tensor):
+            raise UnsupportedWeight(f"weight: expected a tensor, got {type(self.weight).__name__}")
+        if not isinstance(self.format, str) or self.format not in FORMATS:
             raise UnsupportedWeight(f"format: expected one of {sorted(FORMATS)}, got {self.format!r}")
+        for name, size in zip(self._fields[-4:], self[-4:], strict=True):
+            if not isinstance(size, int | torch.SymInt):
+                raise UnsupportedWeight(f"{name}: expected an integer, got {size!r}")
         FORMATS[self.format].check(self)
         return self
 
@@ -87,9 +105,13 @@ def _expect(argument: str, expected: object, got: object) -> None:
 
 
 def _check_dense(w: QuantizedWeight) -> None:
-    if w.weight.dtype not in (*DENSE_DTYPES, torch.float64):
-        raise UnsupportedWeight(f"weight: expected a floating dtype of {DENSE_DTYPES}, got {w.weight.dtype}")
+    _check_dense_dtype(w.weight)
     _expect("weight shape", (w.out_features, w.in_features), tuple(w.weight.shape))
+
+
+def _check_dense_dtype(weight: Tensor) -> None:
+    if weight.dtype not in _STORED_DTYPES:
+        raise UnsupportedWeight(f"weight: expected a floating dtype of {_STORED_DTYPES}, got {weight.dtype}")
 
 
 def _decode_dense(w: QuantizedWeight, dtype: torch.dtype) -> Tensor:
@@ -102,42 +124,58 @@ def _decode_dense_rows(w: QuantizedWeight, rows: Tensor) -> Tensor:
 
 
 def _check_4bit(w: QuantizedWeight) -> None:
-    if w.out_features < 1 or w.in_features < 1:
-        raise UnsupportedWeight(f"shape: expected positive sizes, got ({w.out_features}, {w.in_features})")
+    N, K = w.out_features, w.in_features
+    if N < 1 or K < 1:
+        raise UnsupportedWeight(f"shape: expected positive sizes, got ({N}, {K})")
     if w.blocksize not in BLOCK_SIZES:
         raise UnsupportedWeight(f"blocksize: expected one of {BLOCK_SIZES}, got {w.blocksize}")
-    numel = w.out_features * w.in_features
-    blocks = -(-numel // w.blocksize)
-    _expect("weight dtype", torch.uint8, w.weight.dtype)
-    _expect(f"weight bytes for shape ({w.out_features}, {w.in_features})", (numel + 1) // 2, w.weight.numel())
-    if w.absmax is None or w.code is None:
-        raise UnsupportedWeight("absmax and code: expected tensors, got None")
-    _expect("code shape", (16,), tuple(w.code.shape))
-    _expect("code dtype", torch.float32, w.code.dtype)
-    _expect("absmax numel (number of blocks)", blocks, w.absmax.numel())
-    if w.nested_absmax is None:
-        _expect("absmax dtype", torch.float32, w.absmax.dtype)
-    else:
-        if w.nested_code is None or w.nested_offset is None:
-            raise UnsupportedWeight("nested_code and nested_offset: expected tensors, got None")
+    nested, blocks = w.nested_absmax is not None, -(-N * K // w.blocksize)
+    _check_part("weight", w.weight, torch.uint8, (N * K + 1) // 2, w)
+    _check_part("code", w.code, torch.float32, 16, w)
+    _check_part("absmax", w.absmax, torch.uint8 if nested else torch.float32, blocks, w)
+    if nested:
         if w.nested_blocksize not in BLOCK_SIZES:
             raise UnsupportedWeight(
                 f"nested_blocksize: expected one of {BLOCK_SIZES}, got {w.nested_blocksize}"
             )
-        _expect("absmax dtype", torch.uint8, w.absmax.dtype)
-        _expect("nested_absmax numel", -(-blocks // w.nested_blocksize), w.nested_absmax.numel())
-        _expect("nested_absmax dtype", torch.float32, w.nested_absmax.dtype)
-        _expect("nested_code shape", (256,), tuple(w.nested_code.shape))
-        _expect("nested_code dtype", torch.float32, w.nested_code.dtype)
-        _expect("nested_offset numel", 1, w.nested_offset.numel())
-        _expect("nested_offset dtype", torch.float32, w.nested_offset.dtype)
-    for name in QuantizedWeight._fields[1:6]:
-        tensor = getattr(w, name)
-        if tensor is None:
-            continue
-        _expect(f"{name} device", w.weight.device, tensor.device)
-        if not tensor.is_contiguous():
-            raise UnsupportedWeight(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+        groups = -(-blocks // w.nested_blocksize)
+        _check_part("nested_absmax", w.nested_absmax, torch.float32, groups, w)
+        _check_part("nested_code", w.nested_code, torch.float32, 256, w)
+        _check_part("nested_offset", w.nested_offset, torch.float32, 1, w)
+
+
+def _check_mxfp4(w: QuantizedWeight) -> None:
+    _check_4bit(w)
+    _expect("blocksize", MX_BLOCKSIZE, w.blocksize)
+    if w.nested_absmax is None:
+        raise UnsupportedWeight("nested_absmax: expected a tensor, got None; scales of mxfp4 are nested")
+
+
+def _check_8bit(w: QuantizedWeight) -> None:
+    N, K = w.out_features, w.in_features
+    if N < 1 or K < 1:
+        raise UnsupportedWeight(f"shape: expected positive sizes, got ({N}, {K})")
+    _expect("blocksize, the length of a row", K, w.blocksize)
+    _check_part("weight", w.weight, torch.int8 if w.format == "int8" else torch.uint8, N * K, w)
+    _expect("weight shape", (N, K), tuple(w.weight.shape))
+    _check_part("absmax", w.absmax, torch.float32, N, w)
+    for name in QuantizedWeight._fields[2:6]:
+        if getattr(w, name) is not None:
+            raise UnsupportedWeight(f"{name}: expected None, got a tensor")
+
+
+def _check_part(name: str, tensor: Tensor | None, dtype: torch.dtype, numel: int, w: QuantizedWeight) -> None:
+    if tensor is None:
+        raise UnsupportedWeight(f"{name}: expected a tensor, got None")
+    device = w.weight.device
+    if tensor.dtype is dtype and tensor.numel() == numel and tensor.device == device:
+        if tensor.is_contiguous():
+            return  # spares a forward the messages
+        raise UnsupportedWeight(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    _expect(f"{name} dtype", dtype, tensor.dtype)
+    sizes = f"({w.out_features}, {w.in_features}) in blocks of {w.blocksize}"
+    _expect(f"{name} numel, for a shape {sizes}", numel, tensor.numel())
+    _expect(f"{name} device", device, tensor.device)
 
 
 def decode_absmax(w: QuantizedWeight) -> Tensor:
@@ -175,12 +213,27 @@ def _decode_4bit_rows(w: QuantizedWeight, rows: Tensor) -> Tensor:
     return w.code[nibble.int()] * scale
 
 
+def _decode_8bit_rows(w: QuantizedWeight, rows: Tensor | slice) -> Tensor:
+    """The fp32 values of some rows, or of a slice of all."""
+    assert w.absmax is not None
+    if w.format == "int8":
+        return w.weight[rows].float() * (w.absmax[rows] * INT8_STEP).unsqueeze(1)
+    return w.weight[rows].view(torch.float8_e4m3fn).float() * w.absmax[rows].unsqueeze(1)
+
+
+def _decode_8bit(w: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    return _decode_8bit_rows(w, slice(None)).to(dtype)
+
+
 FORMATS: dict[str, Format] = {
     "dense": Format(_check_dense, _decode_dense, _decode_dense_rows),
     "nf4": Format(_check_4bit, _decode_4bit, _decode_4bit_rows),
     "fp4": Format(_check_4bit, _decode_4bit, _decode_4bit_rows),
+    "mxfp4": Format(_check_mxfp4, _decode_4bit, _decode_4bit_rows),
+    "int8": Format(_check_8bit, _decode_8bit, _decode_8bit_rows),
+    "fp8": Format(_check_8bit, _decode_8bit, _decode_8bit_rows),
 }
-CODES = {"nf4": NF4_CODE, "fp4": FP4_CODE}
+CODES = {"nf4": NF4_CODE, "fp4": FP4_CODE, "mxfp4": E2M1_CODE}
 
 
 def decode_rows(w: QuantizedWeight, rows: Tensor) -> Tensor:
@@ -193,7 +246,7 @@ def decode_rows(w: QuantizedWeight, rows: Tensor) -> Tensor:
 
 def rows_per_slice(w: QuantizedWeight) -> int:
     """`slice_rows` cuts at multiples of this many rows: where a block, and a group of blocks, begins."""
-    if w.format == "dense":
+    if w.code is None:
         return 1
     group = w.blocksize * (w.nested_blocksize or 1)
     return group // math.gcd(group, w.in_features)
@@ -201,8 +254,9 @@ def rows_per_slice(w: QuantizedWeight) -> int:
 
 def slice_rows(w: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
     """Rows start..stop as a weight that aliases `w`; both multiples of `rows_per_slice(w)`, or stop is N."""
-    if w.format == "dense":
-        return w._replace(weight=w.weight[start:stop], out_features=stop - start)
+    if w.code is None:
+        absmax = None if w.absmax is None else w.absmax[start:stop]
+        return w._replace(weight=w.weight[start:stop], absmax=absmax, out_features=stop - start)
     first, last = start * w.in_features, stop * w.in_features
 
     def cut(t: Tensor | None, elements: int) -> Tensor | None:
@@ -226,10 +280,14 @@ def from_dense(weight: Tensor) -> QuantizedWeight:
     """A dense weight [N, K] as it is, or the transposed view of one stored as [K, N].
 
     Raises:
+        TypeError: no tensor.
         UnsupportedWeight: another dtype or shape.
     """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a QuantizedWeight or a tensor [N, K], got {type(weight).__name__}")
     if weight.dim() != 2:
         raise UnsupportedWeight(f"weight: expected [N, K], got shape {tuple(weight.shape)}")
+    _check_dense_dtype(weight)
     n, k = weight.shape
     return QuantizedWeight(weight.detach(), None, None, None, None, None, "dense", n, k, 0, 0)
 
@@ -255,8 +313,11 @@ def from_bitsandbytes(weight: Tensor, quant_state: Any) -> QuantizedWeight:
             "bfloat16 and dropped nested statistics; they cannot be restored. Reload the weight, and "
             "convert the model before its first eval forward"
         )
-    nested = quant_state.state2
-    n, k = quant_state.shape
+    try:
+        nested, (n, k) = quant_state.state2, quant_state.shape
+    except (AttributeError, TypeError, ValueError):
+        got = getattr(quant_state, "shape", type(quant_state).__name__)
+        raise UnsupportedWeight(f"quant_state: expected a QuantState of shape [N, K], got {got}") from None
     with torch._C.DisableTorchFunctionSubclass():  # Params4bit's override costs more than these views
         packed = weight.data.view(torch.uint8).reshape(-1)
     return QuantizedWeight(
@@ -274,15 +335,32 @@ def from_bitsandbytes(weight: Tensor, quant_state: Any) -> QuantizedWeight:
     )
 
 
+def _from_linear8bit(weight: Any, state: Any) -> QuantizedWeight:
+    """CB and SCB where `Linear8bitLt` has them: before its first forward on the weight, then in the state."""
+    if weight.dtype is not torch.int8:
+        raise UnsupportedWeight(
+            f"weight: expected int8, got {weight.dtype}: a Linear8bitLt with has_fp16_weights=False is "
+            "quantized by moving it (layer.to(device)), one with True is not a frozen weight"
+        )
+    scale = getattr(weight, "SCB", None)
+    scale = state.SCB if scale is None else scale
+    if scale is None:
+        raise UnsupportedWeight("SCB: expected the scales of a Linear8bitLt on its weight or state, got None")
+    n, k = weight.shape
+    return QuantizedWeight(weight.data, scale, None, None, None, None, "int8", n, k, k, 0)
+
+
 def from_linear(layer: nn.Module) -> QuantizedWeight:
-    """The base weight of an `nn.Linear`, a transformers `Conv1D` or a bitsandbytes `Linear4bit`.
+    """The base weight of an `nn.Linear`, a `Conv1D`, a bitsandbytes layer or a `PackedLinear`.
 
     Cheap enough for every forward: attributes are read, nothing is copied, cached or checked. Call
     `.check()` on the result once where the layer is adopted.
     """
+    attributes = vars(layer)  # nn.Module's getattr is slow where nothing is found
+    if "packing" in attributes:
+        return layer.packed  # type: ignore[return-value]
     weight: Any = layer.weight
     quant_state = getattr(weight, "quant_state", None)
-    attributes = vars(layer)  # nn.Module's getattr is slow where nothing is found
     if quant_state is None:
         quant_state = attributes.get("quant_state")
     if quant_state is not None or "quant_state" in attributes:
@@ -290,7 +368,15 @@ def from_linear(layer: nn.Module) -> QuantizedWeight:
         if storage is not None and storage.is_floating_point:
             _check_storage(weight.dtype, storage)
         return from_bitsandbytes(weight, quant_state)
+    state = attributes.get("state")
+    if hasattr(state, "SCB"):
+        return _from_linear8bit(weight, state)
     return from_dense(weight.t() if is_conv1d(layer) else weight)
+
+
+def stored_weight(layer: nn.Module) -> Any:
+    """The tensor that holds the weight of `layer`: `.weight`, or the bytes that a `PackedLinear`'s reads."""
+    return layer._buffers["weight"] if "packing" in vars(layer) else layer.weight
 
 
 def _check_storage(dtype: torch.dtype, storage: torch.dtype) -> None:

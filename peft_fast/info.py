@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from . import __version__, backends, native
 from .formats import DENSE_DTYPES, FORMATS, QuantizedWeight, code_table, from_dense
 from .functional import lora_linear, loreft
+from .packing import PACKINGS, pack
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -210,9 +211,11 @@ def _distance(got: Tensor, truth: Tensor) -> float:
 def _weight(
     format: str, N: int, K: int, dtype: torch.dtype, generator: torch.Generator, device: str
 ) -> QuantizedWeight:
-    """A random weight [N, K]; 4-bit ones are nested, in blocks of 64 and groups of 32 blocks."""
+    """A random weight [N, K]; those of bitsandbytes' 4 bits in blocks of 64 and groups of 32 blocks."""
     if format == "dense":
         return from_dense(torch.randn(N, K, generator=generator).to(device, dtype))
+    if format in PACKINGS:
+        return pack(torch.randn(N, K, generator=generator).to(device), format)
     blocks = N * K // 64
     tensors = (
         torch.randint(256, (N * K // 2,), generator=generator, dtype=torch.uint8),

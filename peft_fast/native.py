@@ -63,6 +63,14 @@ def pack_mask(keep: Tensor) -> Tensor:
     return _op("pack_mask")(keep)
 
 
+def _readable(weight: QuantizedWeight) -> QuantizedWeight:
+    """`weight`; a dense one that is neither contiguous nor the transpose of such a matrix, copied."""
+    stored = weight.weight
+    if stored.is_contiguous() or weight.format != "dense" or stored.t().is_contiguous():
+        return weight
+    return weight._replace(weight=stored.contiguous())
+
+
 class Level:
     """One instruction-set level as a backend; "" is the best one of this machine.
 
@@ -102,7 +110,7 @@ class Level:
         dropout_p: float,
     ) -> tuple[Tensor, Tensor]:
         return _op("lora_linear")(
-            x, *weight, bias, lora_A, lora_B, dropout_mask, out_scale, scaling, dropout_p,
+            x, *_readable(weight), bias, lora_A, lora_B, dropout_mask, out_scale, scaling, dropout_p,
             self._level, self.batch_invariant,
         )  # fmt: skip
 
@@ -123,8 +131,8 @@ class Level:
         needs: Needs,
     ) -> Gradients:
         grads = _op("lora_linear_backward")(
-            grad, x, *weight, lora_A, lora_B, z, dropout_mask, out_scale, bias, y, scaling, dropout_p, *needs,
-            self._level,
+            grad, x, *_readable(weight), lora_A, lora_B, z, dropout_mask, out_scale, bias, y, scaling,
+            dropout_p, *needs, self._level,
         )  # fmt: skip
         return Gradients(*(g if needed else None for g, needed in zip(grads, needs, strict=True)))
 
@@ -167,5 +175,5 @@ class Level:
         return ReftGradients(*(g if needed else None for g, needed in zip(grads, needs, strict=True)))
 
     def dequantize(self, weight: QuantizedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        decoded = _op("dequantize")(*weight, dtype, self._level)
+        decoded = _op("dequantize")(*_readable(weight), dtype, self._level)
         return decoded if out is None else out.copy_(decoded)

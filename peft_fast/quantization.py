@@ -1,4 +1,7 @@
-"""`quantize(model)`: linear layers in place by bitsandbytes' `Linear4bit`, after the model was made."""
+"""`quantize(model)`: linear layers in place by `Linear4bit` or `PackedLinear`, after the model was made.
+
+`to_packed(model)`: bitsandbytes' layers by `PackedLinear`, for tuners that need a weight [N, K].
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 import torch
 from torch import nn
 
+from .adapter_linear import AdapterLinear
 from .base_models import HEADS
 from .errors import UnsupportedLayer
-from .formats import BLOCK_SIZES, CODES, DENSE_DTYPES, from_linear, is_conv1d
+from .formats import BLOCK_SIZES, DENSE_DTYPES, from_linear, is_conv1d
 from .functional import check_choice
-from .modules import is_linear4bit
-from .peft_layers import observed
+from .fused_layer import observed
+from .modules import LowRankLinear, is_linear4bit, is_linear8bit
+from .packed_linear import PackedLinear
+from .packing import PACKINGS
 from .swap import reader_reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+BITSANDBYTES = ("nf4", "fp4")
 OUTPUT_LAYERS = ("lm_head", *HEADS)
 """How the names of output layers, or of the modules that hold them, end in transformers."""
 
@@ -33,17 +40,17 @@ def quantize(
     blocksize: int = 64,
     compute_dtype: torch.dtype | None = None,
 ) -> list[str]:
-    """Replaces linear layers of `model`, one after the other, by bitsandbytes' `Linear4bit`.
+    """Replaces linear layers of `model`: by bitsandbytes' `Linear4bit`, for other formats by `PackedLinear`.
 
     These are `nn.Linear` and `Conv1D`. Left as they are: output layers (`get_output_embeddings`, and whatever
     is in a module with a name that ends in one of `OUTPUT_LAYERS`), what transformers keeps in fp32,
     subclasses, layers with hooks, and layers whose weight has another owner too or is read without calling
-    the layer. A transformers model is marked as quantized, so that it saves and loads as one that was loaded
-    in 4 bits.
+    the layer. With `Linear4bit`, a transformers model is marked as quantized, so that it saves and loads as
+    one that was loaded in 4 bits. What is in a `PackedLinear` is saved by `state_dict` alone.
 
     Args:
         model: on any device but meta, and without adapters.
-        quant: "nf4" or "fp4".
+        quant: "nf4" or "fp4", or of `packing.PACKINGS`, which the options below do not concern.
         skip_modules: names, or ends or parts of dotted names, of further layers to leave, or of modules
             around them.
         double_quant: quantizes the scales of the blocks, too.
@@ -55,14 +62,63 @@ def quantize(
 
     Raises:
         UnsupportedLayer: no layer can be replaced, one is on the meta device, or `model` has adapters.
+        UnsupportedWeight: a weight cannot be packed; for mxfp4, K has to be a multiple of 32.
         ValueError: `quant`, `blocksize` or `compute_dtype` is none of these, or another than that of the
             layers of a transformers model which are in 4 bits already.
         In each case nothing was changed.
     """
+    check_choice("quant", quant, (*BITSANDBYTES, *PACKINGS))
+    if quant in PACKINGS:
+        chosen = quantizable(model, names_of(skip_modules))
+        layers = {name: PackedLinear.from_linear(model.get_submodule(name), quant) for name in chosen}  # type: ignore[arg-type]
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+        return chosen
     storage = Storage(quant, double_quant, blocksize, compute_dtype).check().check_against(model)
     chosen = quantizable(model, names_of(skip_modules))
     replace(model, chosen, storage)
     return chosen
+
+
+def to_packed(model: nn.Module) -> list[str]:
+    """Replaces bitsandbytes' layers by `PackedLinear`, in place; bytes, scales and biases are aliased.
+
+    PEFT's tuners then find dense layers: those run, too, that cannot read bitsandbytes' bytes. A layer
+    computes in the dtype of its input, whatever `compute_dtype` was. A transformers model is no longer marked
+    as quantized, and is saved by `state_dict` alone; adapters are saved as ever.
+
+    Returns:
+        The names of the layers that were replaced.
+
+    Raises:
+        UnsupportedLayer: there is no such layer, one has hooks or a forward of its own, or `model` has
+            adapters.
+        UnsupportedWeight: a weight is not quantized yet, or was repacked.
+        In each case nothing was changed.
+    """
+    check_unadapted(model)
+    layers: dict[str, Any] = {
+        name: m
+        for name, m in model.named_modules(remove_duplicate=False)
+        if is_linear4bit(m) or is_linear8bit(m)
+    }
+    if not layers:
+        raise UnsupportedLayer(f"model: expected layers of bitsandbytes, got none in {type(model).__name__}")
+    for name, layer in layers.items():
+        if reason := observed(repr(name), layer):
+            raise UnsupportedLayer(f"model: expected layers that are only called, got one where {reason}")
+    packed = {layer: _packed(layer) for layer in layers.values()}
+    for name, layer in layers.items():
+        model.set_submodule(name, packed[layer])
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = False  # type: ignore[assignment]
+    if _is_transformers(model) and (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        quantizer.remove_quantization_config(model)
+    return list(layers)
+
+
+def _packed(layer: Any) -> PackedLinear:
+    state = getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
+    return PackedLinear(from_linear(layer), layer.bias, getattr(state, "dtype", None)).train(layer.training)
 
 
 class Storage(NamedTuple):
@@ -75,7 +131,7 @@ class Storage(NamedTuple):
 
     def check(self) -> Storage:
         """Returns self; raises `ValueError` or `TypeError` for what is not known."""
-        check_choice("quant", self.quant, tuple(CODES))
+        check_choice("quant", self.quant, BITSANDBYTES)
         if self.blocksize not in BLOCK_SIZES:
             raise ValueError(f"blocksize: expected one of {BLOCK_SIZES}, got {self.blocksize!r}")
         if self.compute_dtype not in (None, *DENSE_DTYPES):
@@ -114,14 +170,17 @@ def names_of(skip_modules: Iterable[str]) -> tuple[str, ...]:
 
 
 def check_unadapted(model: nn.Module) -> None:
-    """Raises `UnsupportedLayer` where `model` has adapters of PEFT."""
+    """Raises `UnsupportedLayer` where `model` has adapters, of PEFT or of this library."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
+        of_peft = isinstance(module, BaseTunerLayer)
+        if of_peft or isinstance(module, LowRankLinear | AdapterLinear):
+            found = f"{type(module).__name__}{' of PEFT' if of_peft else ''} at {name!r}"
+            also = ", or see unload() and merge_and_unload()" if of_peft else ""
             raise UnsupportedLayer(
-                f"model: expected one without adapters, got a {type(module).__name__} of PEFT at {name!r}; "
-                "quantize before adapters are added, or see unload() and merge_and_unload()"
+                f"model: expected one without adapters, got a {found}; "
+                f"quantize before adapters are added{also}"
             )
 
 

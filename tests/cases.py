@@ -10,17 +10,29 @@ from tolerances import assert_as_exact
 from torch import Tensor
 
 import peft_fast.autograd  # noqa: F401, registers the formula of the op
-from peft_fast import backends, formats, reference
+from peft_fast import backends, formats, packing, reference
 from peft_fast.formats import QuantizedWeight
 
 
 def make_weight(
     format: str, N: int, K: int, *, blocksize: int = 64, nested: bool = True, storage=torch.uint8, dtype=None
 ) -> QuantizedWeight:
-    """A random weight [N, K] of any format; dense in `dtype` (float32 when None)."""
+    """A random weight [N, K] of any format; dense in `dtype` (float32 when None).
+
+    Of mxfp4, K is rounded up to whole blocks.
+    """
+    if format == "mxfp4":
+        K = -(-K // 32) * 32
+        blocks = torch.randint(256, (N, K // 2), dtype=torch.uint8)
+        return packing.from_mxfp4(blocks, torch.randint(116, 124, (N, K // 32), dtype=torch.uint8))
     dense = torch.randn(N, K) / K**0.5
     if format == "dense":
         return formats.from_dense(dense.to(dtype or torch.float32)).check()
+    scale = dense.abs().amax(1)
+    if format == "int8":
+        return packing.from_int8((dense / scale[:, None] * 127).round().to(torch.int8), scale)
+    if format == "fp8":
+        return packing.from_fp8((dense / scale[:, None] * 448).to(torch.float8_e4m3fn), scale / 448)
     import bitsandbytes.functional as bnb  # only these weights need it
 
     packed, state = bnb.quantize_4bit(
@@ -68,6 +80,7 @@ def make_scale(N: int, dtype: torch.dtype) -> Tensor:
 
 
 FORMATS = ("dense", "nf4", "fp4")
+EVERY_FORMAT = tuple(formats.FORMATS)
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -173,7 +186,7 @@ class Case(_Operands):
         grads = {f"d{name}": leaf.grad for name, leaf in leaves.items()}
         if scale is not None and dtype is None:
             kept = y.detach().to(scale.dtype) - (0 if bias is None else bias.detach())
-            grads["dout_scale"] = (self.grad * kept / scale.detach()).flatten(0, -2).sum(0)
+            grads["dout_scale"] = (self.grad * kept / scale.detach()).reshape(-1, len(scale)).sum(0)
         return {"y": y.detach(), **grads}
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import FORMATS, backends_of, device_of, make_weight, on
+from cases import EVERY_FORMAT, backends_of, device_of, make_weight, on
 
 from peft_fast import BackendUnavailable, dequantize
 
@@ -15,12 +15,13 @@ def bits(t):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", EVERY_FORMAT)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bits_of_the_definition(backend, format, dtype):
     device = device_of(backend)
     for shape, options in (((40, 70), {}), ((33, 128), {"blocksize": 128, "nested": False})):
         weight = make_weight(format, *shape, **options)
+        shape = (weight.out_features, weight.in_features)
         expected = bits(weight.decode(dtype))
         out = torch.full(shape, torch.nan, dtype=dtype, device=device)
         assert dequantize(on(device, weight), dtype, out=out, backend=backend) is out

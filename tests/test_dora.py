@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import FORMATS, HALF, adapters, dense_norm, device_of, make_weight, on
+from cases import EVERY_FORMAT, HALF, adapters, dense_norm, device_of, make_weight, on
 from peft import LoraConfig, get_peft_model
 from peft_models import to_kind
 from tolerances import assert_as_exact, relative_error
@@ -33,7 +33,7 @@ def results(function, leaves, grad):
 NAMES = ("y", "dx", "dA", "dB", "dm", "dbias")
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", EVERY_FORMAT)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dropout", ["paper", "peft"])
 @pytest.mark.parametrize("norm_grad", ["detached", "full"])

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from cases import FORMATS, HALF, adapters, dense_norm, device_of, make_weight, on
+from cases import EVERY_FORMAT, FORMATS, HALF, adapters, dense_norm, device_of, make_weight, on
 
 from peft_fast import dora, formats
 
@@ -86,7 +86,7 @@ def test_norm_against_fp64(backend, format, update):
     assert got.dtype == torch.float32
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", EVERY_FORMAT)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_norm_of_random_adapters(backend, format, dtype):
     weight, (A, B) = make_weight(format, 130, 320), adapters(130, 320, 16, dtype)

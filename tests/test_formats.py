@@ -149,16 +149,16 @@ LIES = {
     "blocksize": {"blocksize": 2**62},
     "blocksize: zero": {"blocksize": 0},
     "shape": {"out_features": -32},
-    "weight bytes": {"out_features": 33},
+    "weight numel": {"out_features": 33},
     "weight dtype": {"weight": torch.zeros(1024, dtype=torch.float16)},
-    "absmax and code": {"code": None},
-    "code shape": {"code": torch.zeros(15)},
+    "code: expected a tensor": {"code": None},
+    "code numel": {"code": torch.zeros(15)},
     "code dtype": {"code": torch.zeros(16, dtype=torch.float64)},
     "absmax numel": {"absmax": torch.zeros(31, dtype=torch.uint8)},
     "absmax dtype": {"absmax": torch.zeros(32, dtype=torch.float32)},
     "absmax: expected a contiguous": {"absmax": torch.zeros(64, dtype=torch.uint8)[::2]},
-    "nested_code and nested_offset": {"nested_offset": None},
-    "nested_code shape": {"nested_code": torch.zeros(255)},
+    "nested_offset: expected a tensor": {"nested_offset": None},
+    "nested_code numel": {"nested_code": torch.zeros(255)},
     "nested_absmax numel": {"nested_absmax": torch.zeros(2)},
     "nested_absmax dtype": {"nested_absmax": torch.zeros(1, dtype=torch.float16)},
     "nested_offset numel": {"nested_offset": torch.zeros(2)},
@@ -179,7 +179,7 @@ def test_dense_weights_are_checked():
     with pytest.raises(UnsupportedWeight, match=r"weight: expected \[N, K\]"):
         formats.from_dense(torch.randn(3))
     with pytest.raises(UnsupportedWeight, match="weight: expected a floating dtype"):
-        formats.from_dense(torch.ones(3, 4, dtype=torch.int8)).check()
+        formats.from_dense(torch.ones(3, 4, dtype=torch.int8))
 
 
 def test_the_schema_carries_the_fields_in_order():

@@ -52,7 +52,14 @@ def check(case: Case, strategy: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("format", "p", "out_scale"),
-    [("nf4", 0.0, True), ("fp4", 0.0, False), ("fp4", 0.3, True), ("dense", 0.3, False)],
+    [
+        ("nf4", 0.0, True),
+        ("fp4", 0.0, False),
+        ("fp4", 0.3, True),
+        ("dense", 0.3, False),
+        ("int8", 0.0, True),
+        ("fp8", 0.3, False),
+    ],
 )
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_result(strategy, format, p, out_scale, dtype):

@@ -12,6 +12,7 @@
 
 namespace peft_fast::PEFT_FAST_LEVEL {
 
+constexpr int64_t kSummed = 12;      // tokens whose sum is taken before it is added to that of others
 constexpr int64_t kTokenBlock = 24;  // tokens whose low-rank part of dX is dropped out at once
 
 inline int64_t in_block(int64_t K) {
@@ -56,7 +57,7 @@ inline void add_sums(const float* sums, int64_t n, bool accumulate, float* out) 
 }
 
 // dY' in fp32 to out [count][row]: tokens from m of the superblock on, columns [n0, n0 + n). On the way, what
-// they add to dbias and d_out_scale.
+// they add to dbias and d_out_scale, in sums of kSummed.
 inline void stage_grad(const Gradients& wanted, const Tokens& tokens, int64_t m, int64_t count, int64_t n0,
                        int64_t n, float* out, int64_t row) {
   const Backward& b = wanted.b;
@@ -64,20 +65,24 @@ inline void stage_grad(const Gradients& wanted, const Tokens& tokens, int64_t m,
   const float* const scale = b.out_scale != nullptr ? b.out_scale + n0 : nullptr;
   float bias_sums[kThin] = {}, scale_sums[kThin] = {}, bias[kThin] = {}, y[kThin];
   if (b.bias.data != nullptr) to_float(b.bias, n0, n, bias);
-  for (int64_t t = 0; t < count; ++t) {
-    const int64_t N = b.weight.N, at = (first + t) * N + n0;
-    float* const grad = out + t * row;
-    prefetch(b.grad, at + kAhead * N, n, b.M * N);
-    to_float(b.grad, at, n, grad);
-    if (b.dbias != nullptr)
-      for (int64_t i = 0; i < n; ++i) bias_sums[i] += grad[i];
-    if (b.d_out_scale != nullptr) {
-      prefetch(b.y, at + kAhead * N, n, b.M * N);
-      to_float(b.y, at, n, y);
-      for (int64_t i = 0; i < n; ++i) scale_sums[i] += grad[i] * (y[i] - bias[i]);
+  for (int64_t begin = 0; begin < count; begin += kSummed) {
+    float bias_part[kThin] = {}, scale_part[kThin] = {};
+    for (int64_t t = begin; t < min(begin + kSummed, count); ++t) {
+      const int64_t N = b.weight.N, at = (first + t) * N + n0;
+      float* const grad = out + t * row;
+      prefetch(b.grad, at + kAhead * N, n, b.M * N);
+      to_float(b.grad, at, n, grad);
+      if (b.dbias != nullptr) add_sums(grad, n, true, bias_part);
+      if (b.d_out_scale != nullptr) {
+        prefetch(b.y, at + kAhead * N, n, b.M * N);
+        to_float(b.y, at, n, y);
+        for (int64_t i = 0; i < n; ++i) scale_part[i] += grad[i] * (y[i] - bias[i]);
+      }
+      if (scale != nullptr)
+        for (int64_t i = 0; i < n; ++i) grad[i] *= scale[i];
     }
-    if (scale != nullptr)
-      for (int64_t i = 0; i < n; ++i) grad[i] *= scale[i];
+    add_sums(bias_part, n, true, bias_sums);
+    add_sums(scale_part, n, true, scale_sums);
   }
   if (b.dbias != nullptr) add_sums(bias_sums, n, first > 0, b.dbias + n0);
   if (b.d_out_scale != nullptr) {

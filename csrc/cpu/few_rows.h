@@ -31,18 +31,17 @@ inline void dot_rows(const float* x, int64_t x_row, const float* w, int64_t w_ro
 
 // out[r][m] = x[m] · Ŵ[row + r] for M rows x [M][K], decoding in registers; K is a multiple of kTileCols.
 // Several rows at a time share the loads of x.
-template <int M, int Rows>
-inline void dot_packed_rows(const GroupDecoder& group, const float* x, int64_t K, int64_t row,
-                            float (*out)[M]) {
+template <int M, int Rows, class Decoder>
+inline void dot_packed_rows(const Decoder& decoder, const float* x, int64_t K, int64_t row, float (*out)[M]) {
   V acc[Rows][M] = {};
-  Table tables[Rows] = {};
+  typename Decoder::Block block[Rows] = {};
   for (int64_t k = 0; k < K; k += kTileCols) {
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
       const int64_t i = (row + r) * K + k;
-      if (k == 0 || group.starts_block(i)) tables[r] = group.table(i);
+      if (k == 0 || decoder.starts_block(i)) block[r] = decoder.block(i);
       V first, second;
-      lookup(group.bytes(i), tables[r], first, second);
+      decoder.values(i, block[r], first, second);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
         const float* xm = x + m * K + k;
@@ -106,10 +105,11 @@ inline void few_outputs(const Weight& w, const float* x, int64_t n0, int64_t n, 
     }
     return;
   }
-  const GroupDecoder group(w.four_bit);
-  int64_t i = 0;
-  for (; i + kRows <= n; i += kRows) dot_packed_rows<M, kRows>(group, x, K, n0 + i, base + i);
-  for (; i < n; ++i) dot_packed_rows<M, 1>(group, x, K, n0 + i, base + i);
+  with_decoder(w, [&](const auto& decoder) {
+    int64_t i = 0;
+    for (; i + kRows <= n; i += kRows) dot_packed_rows<M, kRows>(decoder, x, K, n0 + i, base + i);
+    for (; i < n; ++i) dot_packed_rows<M, 1>(decoder, x, K, n0 + i, base + i);
+  });
 }
 
 // y and z of M tokens.

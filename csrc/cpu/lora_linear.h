@@ -9,12 +9,13 @@
 
 namespace peft_fast {
 
-// The frozen base weight [N, K]: `four_bit` when dense.data is null.
+// The frozen base weight [N, K]: dense, or `eight_bit` where that has bytes, else `four_bit`.
 struct Weight {
   int64_t N, K;
   Operand dense;
   bool transposed;  // dense is stored as [K, N]
   FourBit four_bit;
+  EightBit eight_bit;
 };
 
 // y = out_scale ⊙ (x · Ŵᵀ + scaling · z · lora_Bᵀ) + bias  with  z = drop(x) · lora_Aᵀ.

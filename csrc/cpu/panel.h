@@ -1,36 +1,10 @@
 // The base weight as panels of cells, a stretch at a time. Compiled once per level.
 #pragma once
 
+#include "decoders.h"
 #include "gemm.h"
 
 namespace peft_fast::PEFT_FAST_LEVEL {
-
-inline bool is_dense(const Weight& w) {
-  return w.dense.data != nullptr;
-}
-
-// Small functions of inner loops, which GCC would rather call, saving every vector register around the call.
-#define PEFT_FAST_INLINE __attribute__((always_inline)) inline
-
-// Decodes groups: kTileCols elements from a multiple of kTileCols on, which lie in one block and start at a
-// byte. Made of a dense weight, it decodes nothing.
-class GroupDecoder {
- public:
-  // A dense weight has no table; its decoder is never asked for values.
-  explicit GroupDecoder(const FourBit& w) : w_(w), code_(w.code != nullptr ? load_table(w.code) : Table{}) {}
-
-  PEFT_FAST_INLINE const uint8_t* bytes(int64_t i) const { return w_.packed + (i >> 1); }
-  PEFT_FAST_INLINE float scale(int64_t i) const { return block_scale(w_, i >> w_.block_shift); }
-  PEFT_FAST_INLINE bool starts_block(int64_t i) const {
-    return (i & ((int64_t{1} << w_.block_shift) - 1)) == 0;
-  }
-  // The exact values that the nibbles of the group at i stand for.
-  PEFT_FAST_INLINE Table table(int64_t i) const { return scale_table(code_, scale(i)); }
-
- private:
-  const FourBit w_;
-  const Table code_;
-};
 
 // Asks for elements [begin, begin + n) of an array to be brought near, as far as they lie before `end`.
 // Blocks are read down columns of a matrix, which the hardware does not foresee. Always inlined: GCC takes a
@@ -48,17 +22,20 @@ PEFT_FAST_INLINE void prefetch(Operand src, int64_t begin, int64_t n, int64_t en
 }
 PEFT_FAST_INLINE void prefetch(const Weight& w, int64_t begin, int64_t n) {
   if (is_dense(w)) return prefetch(w.dense, begin, n, w.N * w.K);
+  if (is_eight_bit(w)) return prefetch(w.eight_bit.bytes, 8, begin, n, w.N * w.K);
   prefetch(w.four_bit.packed, 4, begin, n, w.N * w.K);
 }
 
-// The exact fp32 values of `count` whole groups from flat element i on, to out, out + stride, ...
-PEFT_FAST_INLINE void decode_groups(const GroupDecoder& group, int64_t i, int64_t count, float* out,
+// The exact fp32 values of `count` groups, in one row if of 8 bits, from flat element i on, to out, out +
+// stride, ...
+template <class Decoder>
+PEFT_FAST_INLINE void decode_groups(const Decoder& decoder, int64_t i, int64_t count, float* out,
                                     int64_t stride) {
-  Table table{};
+  typename Decoder::Block block{};
   for (int64_t g = 0; g < count; ++g, i += kTileCols, out += stride) {
-    if (g == 0 || group.starts_block(i)) table = group.table(i);
+    if (g == 0 || decoder.starts_block(i)) block = decoder.block(i);
     V first, second;
-    lookup(group.bytes(i), table, first, second);
+    decoder.values(i, block, first, second);
     store(out, first);
     store(out + kLanes, second);
   }
@@ -69,11 +46,26 @@ inline void decode_part(const Weight& w, int64_t begin, int64_t n, float* out) {
   const int64_t group = begin / kTileCols * kTileCols;
   if (group + kTileCols <= w.N * w.K) {
     float values[kTileCols];
-    decode_groups(GroupDecoder(w.four_bit), group, 1, values, kTileCols);
+    decode_groups(FourBitDecoder(w), group, 1, values, kTileCols);
     std::memcpy(out, values + (begin - group), n * sizeof(float));
   } else {
     for (int64_t i = 0; i < n; ++i) out[i] = decode_element(w.four_bit, begin + i);
   }
+}
+inline void decode_4bit(const Weight& w, int64_t begin, int64_t n, float* out) {
+  const int64_t head = min(n, round_up(begin, kTileCols) - begin), groups = (n - head) / kTileCols;
+  const int64_t tail = n - head - groups * kTileCols;
+  if (head > 0) decode_part(w, begin, head, out);
+  decode_groups(FourBitDecoder(w), begin + head, groups, out + head, kTileCols);
+  if (tail > 0) decode_part(w, begin + n - tail, tail, out + n - tail);
+}
+
+// The same for n elements of one row.
+inline void decode_8bit(const Weight& w, int64_t begin, int64_t n, float* out) {
+  const int64_t groups = n / kTileCols;
+  with_decoder(w, [&](const auto& decoder) { decode_groups(decoder, begin, groups, out, kTileCols); });
+  for (int64_t i = groups * kTileCols; i < n; ++i)
+    out[i] = decode_element(w.eight_bit, begin + i, begin / w.K);
 }
 
 // out[0:n] = flat elements [begin, begin + n), of one row, of a weight that is stored as [K, N]. Rows that
@@ -93,19 +85,15 @@ inline void gather(const Weight& w, int64_t begin, int64_t n, float* out) {
 
 // out[0:n] = the exact fp32 values of flat elements [begin, begin + n) of the weight.
 inline void decode(const Weight& w, int64_t begin, int64_t n, float* out) {
-  if (w.transposed) {
+  if (w.transposed || is_eight_bit(w)) {
     for (int64_t i = 0, count; i < n; i += count) {
       count = min(w.K - (begin + i) % w.K, n - i);
-      gather(w, begin + i, count, out + i);
+      (w.transposed ? gather : decode_8bit)(w, begin + i, count, out + i);
     }
     return;
   }
   if (is_dense(w)) return to_float(w.dense, begin, n, out);
-  const int64_t head = min(n, round_up(begin, kTileCols) - begin), groups = (n - head) / kTileCols;
-  const int64_t tail = n - head - groups * kTileCols;
-  if (head > 0) decode_part(w, begin, head, out);
-  decode_groups(GroupDecoder(w.four_bit), begin + head, groups, out + head, kTileCols);
-  if (tail > 0) decode_part(w, begin + n - tail, tail, out + n - tail);
+  decode_4bit(w, begin, n, out);
 }
 
 // The elements (row, k) with row0 <= row < row0 + rows and k0 <= k < k0 + cols of the weight, and the flat
@@ -116,7 +104,7 @@ struct Stretch {
 
 // Whether the rows of a stretch are whole groups.
 inline bool in_groups(const Weight& w, const Stretch& at) {
-  return !is_dense(w) && w.K % kTileCols == 0 && at.cols % kTileCols == 0;
+  return !is_dense(w) && (is_eight_bit(w) || w.K % kTileCols == 0) && at.cols % kTileCols == 0;
 }
 
 // out[i * row + c] = cell c of row i, for i < rows and c < cells: read(c, i, n, column) writes the cells c of
@@ -185,37 +173,42 @@ inline void to_cells(Single, Operand src, int64_t begin, int64_t n, float* cells
   to_float(src, begin, n, cells);
 }
 
+// Calls f(i, begin) for rows i, i + step, ... of the stretch, where they begin, and has them brought near.
+template <class F>
+PEFT_FAST_INLINE void each_row(const Weight& w, const Stretch& at, int64_t rows, int64_t step, F f) {
+  for (int64_t i = 0; i < rows; i += step) {
+    for (int64_t j = i; j < i + step; ++j) prefetch(w, at.next + j * w.K, at.cols);
+    f(i, (at.row0 + i) * w.K + at.k0);
+  }
+}
+
 // Each row of the stretch as cells along it, to out, out + kPanelRow, ...
 inline void decode_along(Single, const Weight& w, const Stretch& at, float* out) {
   if (w.transposed) return transpose_along<Single>(w, at, out);
-  const GroupDecoder group(w.four_bit);
-  const bool whole = in_groups(w, at);
-  for (int64_t i = 0; i < at.rows; ++i, out += kPanelRow) {
-    const int64_t begin = (at.row0 + i) * w.K + at.k0;
-    prefetch(w, at.next + i * w.K, at.cols);
-    if (whole)
-      decode_groups(group, begin, at.cols / kTileCols, out, kTileCols);
-    else
-      decode(w, begin, at.cols, out);
-  }
+  if (!in_groups(w, at))
+    return each_row(w, at, at.rows, 1,
+                    [&](int64_t i, int64_t begin) { decode(w, begin, at.cols, out + i * kPanelRow); });
+  with_decoder(w, [&](const auto& decoder) {
+    each_row(w, at, at.rows, 1, [&](int64_t i, int64_t begin) {
+      decode_groups(decoder, begin, at.cols / kTileCols, out + i * kPanelRow, kTileCols);
+    });
+  });
 }
 
 // Row p of `panel` = row p of the stretch.
 inline void pack_across(Single, const Weight& w, const Stretch& at, PackedB panel) {
   if (w.transposed) return transpose_across<Single>(w, at, panel);
-  const GroupDecoder group(w.four_bit);
-  const bool whole = in_groups(w, at);
-  for (int64_t p = 0; p < at.rows; ++p) {
-    const int64_t begin = (at.row0 + p) * w.K + at.k0;
-    prefetch(w, at.next + p * w.K, at.cols);
-    if (whole) {
-      decode_groups(group, begin, at.cols / kTileCols, panel.row(0, p), kTileCols * panel.depth);
-      continue;
-    }
-    float values[kSteps];
-    decode(w, begin, at.cols, values);
-    pack_values(panel, p, values);
-  }
+  if (!in_groups(w, at))
+    return each_row(w, at, at.rows, 1, [&](int64_t p, int64_t begin) {
+      float values[kSteps];
+      decode(w, begin, at.cols, values);
+      pack_values(panel, p, values);
+    });
+  with_decoder(w, [&](const auto& decoder) {
+    each_row(w, at, at.rows, 1, [&](int64_t p, int64_t begin) {
+      decode_groups(decoder, begin, at.cols / kTileCols, panel.row(0, p), kTileCols * panel.depth);
+    });
+  });
 }
 
 #ifdef PEFT_FAST_PAIRS
@@ -252,57 +245,54 @@ inline void Columns::across(Pair, int64_t c, int64_t p, int64_t n, float* cells)
 
 inline void decode_along(Pair, const Weight& w, const Stretch& at, float* out) {
   if (w.transposed) return transpose_along<Pair>(w, at, out);
-  const GroupDecoder group(w.four_bit);
-  const bool whole = in_groups(w, at);
-  for (int64_t i = 0; i < at.rows; ++i, out += kPanelRow) {
-    const int64_t begin = (at.row0 + i) * w.K + at.k0;
-    prefetch(w, at.next + i * w.K, at.cols);
-    if (!whole) {
+  if (!in_groups(w, at))
+    return each_row(w, at, at.rows, 1, [&](int64_t i, int64_t begin) {
       float values[2 * kSteps];
       decode(w, begin, at.cols, values);
-      to_cells(Pair(), {values, DType::kFloat32}, 0, at.cols, out);
-      continue;
-    }
-    PairTable table{};
-    for (int64_t k = 0; k < at.cols; k += kTileCols) {
-      if (k == 0 || group.starts_block(begin + k)) {
-        const Table values = group.table(begin + k);
-        table = load_pair_table(values, values);
+      to_cells(Pair(), {values, DType::kFloat32}, 0, at.cols, out + i * kPanelRow);
+    });
+  with_decoder(w, [&](const auto& decoder) {
+    each_row(w, at, at.rows, 1, [&](int64_t i, int64_t begin) {
+      auto block = decoder.pair_block(begin);
+      for (int64_t k = 0; k < at.cols; k += kTileCols) {
+        if (k > 0 && decoder.starts_block(begin + k)) block = decoder.pair_block(begin + k);
+        store(out + i * kPanelRow + k / 2, decoder.along(begin + k, block));
       }
-      store(out + k / 2, lookup_along(group.bytes(begin + k), table));
-    }
-  }
+    });
+  });
+}
+
+// Rows 2p and 2p + 1 of the stretch, of which the second may be past the last one, as cells of row p.
+inline void pack_pair(const Weight& w, const Stretch& at, int64_t p, int64_t upper, PackedB panel) {
+  float values[2][kSteps] = {}, cells[kSteps];
+  decode(w, upper, at.cols, values[0]);
+  if (2 * p + 1 < at.rows) decode(w, upper + w.K, at.cols, values[1]);
+  pair_up(values[0], values[1], at.cols, cells);
+  pack_values(panel, p, cells);
 }
 
 // Row p of `panel` = cells of rows 2p and 2p + 1 of the stretch; past its last row there is zero.
 inline void pack_across(Pair, const Weight& w, const Stretch& at, PackedB panel) {
   if (w.transposed) return transpose_across<Pair>(w, at, panel);
-  const GroupDecoder group(w.four_bit);
-  const bool whole = in_groups(w, at);
-  for (int64_t p = 0; p < panel.depth; ++p) {
-    const int64_t upper = (at.row0 + 2 * p) * w.K + at.k0, lower = upper + w.K;
-    const bool has_lower = 2 * p + 1 < at.rows;
-    prefetch(w, at.next + 2 * p * w.K, at.cols);
-    prefetch(w, at.next + (2 * p + 1) * w.K, at.cols);
-    if (!whole || !has_lower) {
-      float values[2][kSteps] = {}, cells[kSteps];
-      decode(w, upper, at.cols, values[0]);
-      if (has_lower) decode(w, lower, at.cols, values[1]);
-      pair_up(values[0], values[1], at.cols, cells);
-      pack_values(panel, p, cells);
-      continue;
-    }
-    PairTable table{};
-    float* out = panel.row(0, p);
-    for (int64_t k = 0; k < at.cols; k += kTileCols, out += kTileCols * panel.depth) {
-      if (k == 0 || group.starts_block(upper + k) || group.starts_block(lower + k))
-        table = load_pair_table(group.table(upper + k), group.table(lower + k));
-      V first, second;
-      lookup_across(group.bytes(upper + k), group.bytes(lower + k), table, first, second);
-      store(out, first);
-      store(out + kLanes, second);
-    }
-  }
+  if (!in_groups(w, at))
+    return each_row(w, at, 2 * panel.depth, 2,
+                    [&](int64_t i, int64_t begin) { pack_pair(w, at, i / 2, begin, panel); });
+  with_decoder(w, [&](const auto& decoder) {
+    each_row(w, at, 2 * panel.depth, 2, [&](int64_t i, int64_t upper) {
+      const int64_t lower = upper + w.K;
+      if (i + 1 >= at.rows) return pack_pair(w, at, i / 2, upper, panel);
+      auto block = decoder.pair_block(upper, lower);
+      float* out = panel.row(0, i / 2);
+      for (int64_t k = 0; k < at.cols; k += kTileCols, out += kTileCols * panel.depth) {
+        if (k > 0 && (decoder.starts_block(upper + k) || decoder.starts_block(lower + k)))
+          block = decoder.pair_block(upper + k, lower + k);
+        V first, second;
+        decoder.across(upper + k, lower + k, block, first, second);
+        store(out, first);
+        store(out + kLanes, second);
+      }
+    });
+  });
 }
 
 #endif

@@ -23,6 +23,18 @@ inline PairTable load_pair_table(Table low, Table high) {
   return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
+// The same of values instead of tables: cells of neighbours in a row, or of a row and the one below it.
+inline V pairs_along(V first, V second) {
+  return (V)_mm512_cvtne2ps_pbh(second, first);
+}
+inline V pairs_across(V upper, V lower) {
+  // Cell j: value j of the upper row, then of the lower one, which follows sixteen values later.
+  const __m512i order =
+      _mm512_set_epi32(0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a, 0x190009, 0x180008,
+                       0x170007, 0x160006, 0x150005, 0x140004, 0x130003, 0x120002, 0x110001, 0x100000);
+  return (V)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(lower, upper));
+}
+
 // Sixteen cells, each byte of which is the byte of bytes[16] that `order` names, or zero.
 inline __m512i spread(__m128i bytes, __m512i order) {
   return _mm512_shuffle_epi8(_mm512_maskz_broadcast_i32x4(kAll, bytes), order);

@@ -66,7 +66,8 @@ def weight_args(weight: QuantizedWeight) -> tuple[tuple[Tensor | None, ...], tup
     """The tensors, the dense strides (n, k) and the constexprs that `decode_tile` takes."""
     strides = weight.weight.stride() if weight.format == "dense" else (0, 0)
     meta = {
-        "BLOCKSIZE": weight.blocksize,
+        # Without a table the scale is the row's: no code for each length of a row.
+        "BLOCKSIZE": 0 if weight.code is None else weight.blocksize,
         "NESTED_BLOCKSIZE": weight.nested_blocksize,
         "ALIGNED": weight.format == "dense" or weight.in_features % weight.blocksize == 0,
     }

@@ -41,6 +41,7 @@ from . import target
 
 NAMES = ("splitk", "fused", "split", "library", "merge")
 GEMV = "gemv"  # of the names that a table may have, the one that is not carried out by Triton
+GEMV_FORMATS = ("nf4", "fp4")
 FALLBACKS = ("merge", "library", "split", "fused")  # the last runs everything
 MAIN_LOOPS = ("fused", "split")
 SPLITK_ROWS = 128
@@ -75,8 +76,8 @@ def inadmissible(strategy: str, problem: Problem) -> str | None:
         raise ValueError(f"strategy: expected one of {(GEMV, *NAMES)}, got {strategy!r}")
     if strategy == GEMV and problem.M > cuda.MOST_ROWS:
         return f"gemv takes up to {cuda.MOST_ROWS} rows, got {problem.M}"
-    if strategy == GEMV and problem.format == "dense":
-        return "gemv decodes 4-bit weights, got a dense one"
+    if strategy == GEMV and problem.format not in GEMV_FORMATS:
+        return f"gemv decodes {' and '.join(GEMV_FORMATS)} weights, got a {problem.format} one"
     if strategy == "splitk" and problem.M > SPLITK_ROWS:
         return f"splitk takes up to {SPLITK_ROWS} rows, got {problem.M}"
     if strategy == "split" and problem.format != "dense":
@@ -221,8 +222,8 @@ def load(path: Path) -> Table:
         ValueError: the file, the key, what was expected and what it holds.
     """
     try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{path}: expected JSON, got {error}") from None
     _check(f"{path}", content, _HEAD)
     rows = tuple(_row(f"{path}: rows[{i}]", row) for i, row in enumerate(content.pop("rows")))
@@ -247,7 +248,7 @@ def _row(where: str, row: Any) -> Row:
         up_to = math.inf if last else up_to
         if up_to <= (choices[-1].up_to if choices else 0):
             raise ValueError(f"{where_choice}: up_to_M: expected more than before, from 1, got {up_to}")
-        if not set(names) <= {GEMV, *NAMES}:
+        if not all(isinstance(name, str) and name in (GEMV, *NAMES) for name in names):
             raise ValueError(f"{where_choice}: expected names of {(GEMV, *NAMES)}, got {names}")
         choices.append(Choice(up_to, tuple(names)))
     if not choices:
