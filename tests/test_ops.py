@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import FORMATS, HALF, Case, check, make_weight
+from cases import EVERY_FORMAT, FORMATS, HALF, Case, check, make_weight
 from tolerances import assert_as_exact
 
 from peft_fast import BackendUnavailable, backends, formats, reference
@@ -11,13 +11,13 @@ from peft_fast.functional import lora_linear
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", EVERY_FORMAT)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_every_dtype(backend, format, dtype):
     check(Case.make(format, (2, 9), 96, 40, 5, dtype=dtype), backend)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", EVERY_FORMAT)
 @pytest.mark.parametrize("M", [1, 2, 4, 5, 15, 16, 48])
 def test_every_number_of_rows(backend, format, M):
     check(Case.make(format, (M,), 128, 64, 4, dropout_p=0.2), backend)
@@ -136,7 +136,7 @@ def test_gradcheck_of_the_formula():
     )
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [*FORMATS, "int8"])
 @pytest.mark.parametrize("out_scale", [False, True])
 def test_opcheck(backend, format, out_scale):
     case = Case.make(format, (2, 3), 64, 32, 4, dropout_p=0.3, out_scale=out_scale).on(backend)
@@ -188,6 +188,14 @@ def test_compiles_into_one_graph(compiler):
         results.append([y.detach(), *(leaf.grad for leaf in leaves)])
     for eager, graph in zip(*results, strict=True):
         torch.testing.assert_close(graph, eager)
+
+
+@pytest.mark.parametrize("K", [0, 1, 7, 8, 9, 64, 65])
+def test_the_reference_packs_a_mask(K):
+    keep = torch.rand(5, K) < 0.5
+    packed = reference.pack_mask(keep)
+    assert packed.shape == (5, -(-K // 8))
+    assert torch.equal(reference.unpack_mask(packed, K), keep)
 
 
 def test_dropout_draws_the_mask_of_torch():
