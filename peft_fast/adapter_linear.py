@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from .formats import from_linear
 from .functional import check_choice, lora_linear
-from .methods import METHODS, Options, resolve_options
+from .methods import METHODS, Options, Tensors, resolve_options
 from .modules import as_base_returns, check_base, in_compute_dtype, protect_from_repacking
+from .ops import check_adapter
 
 
 class SharedFactors(nn.Module):
@@ -51,7 +52,9 @@ class SharedFactors(nn.Module):
         self.method, self.in_features, self.out_features = method, in_features, out_features
         self.options = {name: options[name] for name in row.shared_options}
         empty = functools.partial(torch.empty, dtype=adapter_dtype or torch.float32, device=device)
-        for name, tensor in row.shared(options, out_features, in_features, empty).items():
+        shared = row.shared(options, out_features, in_features, empty)
+        self.names = tuple(shared)
+        for name, tensor in shared.items():
             if row.shared_trains:
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
@@ -74,7 +77,7 @@ class SharedFactors(nn.Module):
 
     def cut(self, in_features: int, out_features: int) -> dict[str, Tensor]:
         """The tensors by name; A [r, K] and B [N, r] cut to a layer's K and N, by a view."""
-        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        tensors = {name: getattr(self, name) for name in self.names}  # a replica has no named_parameters
         if self.method == "kadaptation":
             return tensors
         a, b = tensors
@@ -82,6 +85,38 @@ class SharedFactors(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def fused_method_forward(
+    method: str,
+    base: nn.Linear,
+    x: Tensor,
+    p: Tensors,
+    options: Options,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """`base(x)` with a method's parameters `p` on it as one op, without what `Method.after` adds.
+
+    With the dtype conventions of `modules.fused_lora_forward`; `p` and `options` as for `Method.operands`.
+    """
+    bias, lora_A, lora_B, out_scale, in_scale, scaling = METHODS[method].operands(p, options, base.bias)
+    weight = from_linear(base)
+    y = lora_linear(
+        in_compute_dtype(base, x if in_scale is None else (x * in_scale).to(x.dtype)),
+        weight,
+        x.new_empty(0, weight.in_features) if lora_A is None else lora_A,
+        x.new_empty(weight.out_features, 0) if lora_B is None else lora_B,
+        bias,
+        scaling=scaling,
+        out_scale=out_scale,
+        dropout_p=dropout_p,
+        training=training,
+        backend=backend,
+    )
+    return as_base_returns(base, y, x.dtype)
 
 
 class AdapterLinear(nn.Module):
@@ -104,6 +139,9 @@ class AdapterLinear(nn.Module):
     ) -> None:
         super().__init__()
         check_base(base_layer)
+        check_adapter(adapter_dtype, backend)
+        if shared is not None and not isinstance(shared, SharedFactors):
+            raise TypeError(f"shared: expected SharedFactors or None, got {type(shared).__name__}")
         weight = from_linear(base_layer)
         self.in_features, self.out_features = K, N = weight.in_features, weight.out_features
         self.method, self.backend = method, backend
@@ -153,24 +191,20 @@ class AdapterLinear(nn.Module):
         return cls(base, method, shared, adapter_dtype, backend, options)
 
     def forward(self, x: Tensor) -> Tensor:
-        base, row, N, K = self.base_layer, METHODS[self.method], self.out_features, self.in_features
-        p = {} if self.shared is None else self.shared.cut(K, N)
+        p = {} if self.shared is None else self.shared.cut(self.in_features, self.out_features)
         p.update((name, getattr(self, name)) for name in self.adapter_names)
-        bias, lora_A, lora_B, out_scale, in_scale, scaling = row.operands(p, self.options, base.bias)
-        y = lora_linear(
-            in_compute_dtype(base, x if in_scale is None else (x * in_scale).to(x.dtype)),
-            from_linear(base),
-            x.new_empty(0, K) if lora_A is None else lora_A,
-            x.new_empty(N, 0) if lora_B is None else lora_B,
-            bias,
-            scaling=scaling,
-            out_scale=out_scale,
+        y = fused_method_forward(
+            self.method,
+            self.base_layer,
+            x,
+            p,
+            self.options,
             dropout_p=self.options.get("dropout", 0.0),
             training=self.training,
             backend=self.backend,
         )
-        y = as_base_returns(base, y, x.dtype)
-        return y if row.after is None else row.after(p, self.options, x, y)
+        after = METHODS[self.method].after
+        return y if after is None else after(p, self.options, x, y)
 
     def extra_repr(self) -> str:
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())

@@ -1,4 +1,4 @@
-"""bitsandbytes' frozen `Linear4bit` without an adapter, with a fused forward: Y = X·Ŵᵀ + bias.
+"""bitsandbytes' frozen layers without an adapter, with a fused forward: Y = X·Ŵᵀ + bias.
 
 `swap.accelerate` swaps them in, so that layers without an adapter, prefix and prompt tuning, and adapters
 around a layer or beside it run on the fused op too: forward, and dX in the backward pass.
@@ -6,10 +6,11 @@ around a layer or beside it run on the fused op too: forward, and dX in the back
 
 from __future__ import annotations
 
-from bitsandbytes.nn import Linear4bit, LinearFP4, LinearNF4
+from bitsandbytes.nn import Linear4bit, Linear8bitLt, LinearFP4, LinearNF4
 from torch import Tensor, nn
 
 from .modules import fused_base_forward
+from .packed_linear import PackedLinear
 
 
 class FusedBase(nn.Linear):
@@ -33,9 +34,15 @@ class FusedBaseFP4(FusedBase, LinearFP4):
     """`LinearFP4` with the fused forward."""
 
 
+class FusedBase8bit(FusedBase, Linear8bitLt):
+    """`Linear8bitLt` with the fused forward, which rounds no activation to int8."""
+
+
 FUSED_BASES: dict[type, type] = {
+    PackedLinear: PackedLinear,
     Linear4bit: FusedBase4bit,
     LinearNF4: FusedBaseNF4,
     LinearFP4: FusedBaseFP4,
+    Linear8bitLt: FusedBase8bit,
 }
 STOCK_BASES: dict[type, type] = {fused: stock for stock, fused in FUSED_BASES.items()}

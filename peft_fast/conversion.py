@@ -16,18 +16,20 @@ import torch
 from bitsandbytes.nn import Params4bit
 from torch import nn
 
+from . import backends
 from .base_models import HEADS
-from .config import METHODS
 from .functional import check_choice
 from .modules import is_linear4bit
 from .quantization import Storage, check_unadapted, is_within, names_of, quantizable, replace
 from .reft import LoReFTConfig, get_reft_model
-from .swap import accelerate, check_backend, reader_reason
+from .swap import accelerate, reader_reason
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
     from .reft import ReftModel
+
+METHODS = ("lora", "dora", "loreft")
 
 
 def convert(
@@ -72,7 +74,7 @@ def convert(
         step is first tried on a copy without data. A model that `copy.deepcopy` cannot copy is not tried.
     """
     check_choice("method", method, METHODS)
-    check_backend(backend)
+    backends.check_name(backend)
     check_unadapted(model)
     config = _config(model, method, target_modules, r, backend, options)
     chosen: list[str] = []

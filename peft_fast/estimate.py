@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 TASKS = ("causal-lm", "classification")
+METHODS = ("lora", "dora", "loreft")
 DEVICES = ("cpu", "cuda")
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": partial(torch.optim.AdamW, fused=True),
@@ -117,7 +118,8 @@ def estimate(
         padding: whether sequences are padded, so that attention gets a mask; if None, in a classification.
         optimizer: of `OPTIMIZERS`.
         device: of `DEVICES`; if None, cuda where there is one.
-        options: of `TrainConfig`: method, quant, dtype, r, target_modules, checkpointing and the like.
+        options: of `TrainConfig`: quant, dtype, r, target_modules, checkpointing and the like, and a
+            method of `METHODS`.
 
     Raises:
         ValueError, TypeError: an option is out of range or does not fit the model; the message names it.
@@ -126,6 +128,7 @@ def estimate(
     for name, value in (("batch", batch), ("seq", seq), ("labels", labels)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value!r}")
+    _check_choice("method", options.get("method", "lora"), METHODS)
     _check_choice("optimizer", optimizer, OPTIMIZERS)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_choice("device", device, DEVICES)

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from . import backends
+from .adapter_linear import AdapterLinear
 from .base_layers import FusedBase
 from .errors import BackendUnavailable, UnsupportedWeight
 from .formats import QuantizedWeight, from_linear
+from .fused_layer import choose
 from .modules import DoRALinear, LowRankLinear, compute_dtype
-from .peft_layers import METHODS, STOCK, choose, method
+from .packed_linear import PackedLinear
+from .peft_layers import METHODS, PEFT_LAYERS, STOCK
 from .reft.edit import LoReFT
 from .swap import reader_reason, swap_reason
 
-EXPLAINED = (LowRankLinear, LoraLayer, FusedBase, LoReFT)
+EXPLAINED = (LowRankLinear, AdapterLinear, *PEFT_LAYERS, FusedBase, PackedLinear, LoReFT)
 
 
 def explain(module: nn.Module) -> str:
     """What the next forward of `module` runs: op, weight format, backend, adapter; or PEFT's own, and why.
 
-    For a fused layer, a LoRA layer of PEFT, a `LoRALinear`, `DoRALinear` or `LoReFT`; for a model, for each,
-    with the reasons why other backends are unavailable once, at the end.
+    For a fused layer, a LoRA, VeRA or IA3 layer of PEFT, a `LoRALinear`, `DoRALinear`, `AdapterLinear` or
+    `LoReFT`; for a model, for each, with the reasons why other backends are unavailable once, at the end.
     """
     if isinstance(module, EXPLAINED):
         text, unavailable = _explain_layer(module)
@@ -52,28 +54,26 @@ def _explain_layer(layer: Any, reader_reason: str | None = None) -> tuple[str, d
         ran = backends.calls["loreft", backend]
         return f"{kind}: {layer.extra_repr()}\n    loreft on {backend}, run {ran} times in this process", {}
     reason: str | None
-    base = layer if isinstance(layer, FusedBase) else layer.base_layer
+    base = layer if isinstance(layer, FusedBase | PackedLinear) else layer.base_layer
     if layer is base:
         applied = "no adapter, the base alone"
     elif isinstance(layer, LowRankLinear):
         applied = f"r={layer.r}, scaling={layer.scaling:g}"
         if isinstance(layer, DoRALinear):
             applied += f", dropout={layer.dropout!r}, norm_grad={layer.norm_grad!r}"
+    elif isinstance(layer, AdapterLinear):
+        options = "".join(f", {name}={value!r}" for name, value in layer.options.items())
+        applied = f"{layer.method}{options}"
     elif type(layer) not in STOCK:
         reason = (
             swap_reason(layer, METHODS) or reader_reason or "not swapped, accelerate(model) would fuse it"
         )
         return f"{kind}: PEFT's own forward: {reason}", {}
     else:
-        adapter, reason = choose(layer)
+        active, reason = choose(layer)
         if reason is not None:
             return f"{kind}: PEFT's own forward: {reason}", {}
-        applied = "no adapter, the base alone"
-        if adapter is not None:
-            name = method(layer, adapter)
-            applied = (
-                f"{name} adapter {adapter!r}, r={layer.r[adapter]}, scaling={float(layer.scaling[adapter]):g}"
-            )
+        applied = layer.describe(active) if active else "no adapter, the base alone"
     try:
         weight = from_linear(base)
     except UnsupportedWeight as error:

@@ -123,9 +123,9 @@ def fill(model: nn.Module) -> None:
 
 def keep_norms(model: nn.Module, device: str) -> None:
     """Gives each fused DoRA layer the norms that it keeps between steps on a device, without values."""
-    from .peft_layers import STOCK
+    from .peft_lora import FusedLora
 
-    layers: list[Any] = [layer for layer in model.modules() if type(layer) in STOCK]
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, FusedLora)]
     for layer in layers:
         for adapter in layer.lora_variant:
             operands = [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]

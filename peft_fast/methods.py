@@ -127,7 +127,8 @@ def _share_vera(o: Options, N: int, K: int, empty: Empty) -> dict[str, Tensor]:
 
 def _vera(p: Tensors, o: Options, base_bias: Tensor | None) -> Operands:
     # With d in B rather than in A, no gradient of A is computed: that of B gives both vectors'.
-    lora_B = p["vera_lambda_b"].unsqueeze(1) * p["vera_B"] * p["vera_lambda_d"]
+    # b·dᵀ first: autograd then keeps b, d and the frozen B, no further [N, r].
+    lora_B = torch.outer(p["vera_lambda_b"], p["vera_lambda_d"]) * p["vera_B"]
     return Operands(base_bias, p["vera_A"], lora_B)
 
 

@@ -1,7 +1,8 @@
-"""In-place swap of PEFT's LoRA layers for fused ones: `accelerate(model)`, undone by `restore(model)`.
+"""In-place swap of PEFT's layers for fused ones: `accelerate(model)`, undone by `restore(model)`.
 
 A layer keeps its modules, parameters, hooks and state-dict keys; only its `__class__` becomes a subclass of
-PEFT's own (see `peft_layers`), or of bitsandbytes' for a 4-bit layer without an adapter (`base_layers`).
+PEFT's own (see `peft_layers`), or of bitsandbytes' for one without a fused adapter (`base_layers`).
+An `AdapterLinear`, `LoRALinear` or `DoRALinear` is fused as it is, and left alone with its base.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from . import backends
+from .adapter_linear import AdapterLinear
 from .base_layers import FUSED_BASES, STOCK_BASES
 from .errors import UnsupportedLayer, UnsupportedWeight
 from .formats import from_linear
+from .fused_layer import base_reason
 from .modules import (
     LowRankLinear,
     allow_repacking,
@@ -27,9 +29,10 @@ from .modules import (
     warn_slow_compute_dtype,
 )
 from .norm_cache import NormCache
-from .peft_layers import FUSED, METHODS, STOCK, base_reason, method, method_reason
-from .reft.blocks import Swapped
+from .peft_layers import FUSED, METHODS, PEFT_LAYERS, STOCK, fused_kind, methods_of
+from .peft_lora import FusedLora
 from .report import Report, Row
+from .swapped import Swapped
 from .weight_reads import reads_weight
 
 ALL = (*METHODS, "base")
@@ -40,12 +43,13 @@ _REPACKED_BEFORE = "_peft_fast_repacked_before"
 
 _FUSED = {**FUSED, **FUSED_BASES}
 _STOCK = {**STOCK, **STOCK_BASES}
+_BASES = tuple(FUSED_BASES)
 
 
 def accelerate(
     model: nn.Module, *, methods: tuple[str, ...] = ALL, strict: bool = False, backend: str = "auto"
 ) -> Report:
-    """Swaps PEFT's LoRA layers and bitsandbytes' 4-bit layers in `model` for fused ones, in place.
+    """Swaps PEFT's LoRA, VeRA and IA3 layers and bitsandbytes' layers for fused ones, in place.
 
     A second call finds them swapped.
 
@@ -55,9 +59,9 @@ def accelerate(
 
     Args:
         model: a `PeftModel`, or any module that contains layers of PEFT or bitsandbytes.
-        methods: what runs in the fused op: adapters that are "lora" or "dora", and as "base" a `Linear4bit`
-            without a LoRA layer around it. Other adapters run in PEFT's forward, and layers without a fused
-            one are left.
+        methods: what runs in the fused op: adapters that are "lora", "dora", "vera" or "ia3", and as "base" a
+            layer of bitsandbytes or a `PackedLinear` without such an adapter. Other adapters run in PEFT's
+            forward, and layers without a fused one are left.
         strict: raise unless there is such a layer and every one can be swapped.
         backend: "auto" or a name of `backends.BACKENDS`, for every layer.
 
@@ -71,19 +75,19 @@ def accelerate(
     """
     if isinstance(methods, str) or not methods or not set(methods) <= set(ALL):
         raise ValueError(f"methods: expected a tuple of {ALL}, got {methods!r}")
-    check_backend(backend)
+    backends.check_name(backend)
     modules = dict(model.named_modules())
     rows = []
     for name, module in modules.items():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, PEFT_LAYERS):
             reason = swap_reason(module, methods) or reader_reason(name, modules)
             if reason is not None:
                 rows.append(Row(name, None, None, reason))
             else:
-                named = ", ".join(_methods(module, methods)) or "no adapter"
+                named = ", ".join(methods_of(module, methods)[0]) or "no adapter"
                 rows.append(Row(name, named, _resolve(module.base_layer, backend), None))
     if "base" in methods:
-        rows += _bare_rows(modules, backend)
+        rows += _bare_rows(modules, methods, backend)
     report = Report(rows)
     if strict and (report.left or not report.fused):
         raise UnsupportedLayer(f"model: expected only layers that can be fused, got {report}")
@@ -93,22 +97,18 @@ def accelerate(
         _restore_layer(modules[row.name])
     for row in report.fused:
         layer: Any = modules[row.name]
-        base: Any = layer.base_layer if isinstance(layer, LoraLayer) else layer
+        base: Any = layer.base_layer if isinstance(layer, PEFT_LAYERS) else layer
         if is_linear4bit(base):
             warn_slow_compute_dtype(base, base.weight.quant_state.dtype)
         layer.__class__ = _among(_FUSED, layer) or type(layer)
         layer.backend = backend
         if layer is not base:
-            layer.methods, layer.norms = tuple(methods), NormCache()
+            layer.methods = tuple(methods)
+        if isinstance(layer, FusedLora):
+            layer.norms = NormCache()
     if report.fused:
         _protect_from_repacking(modules.values())
     return report
-
-
-def check_backend(backend: str) -> None:
-    """Raises `ValueError` for a name that is not known."""
-    if backend != "auto" and backend not in backends.BACKENDS:
-        raise ValueError(f"backend: expected 'auto' or one of {list(backends.BACKENDS)}, got {backend!r}")
 
 
 def restore(model: nn.Module) -> int:
@@ -126,9 +126,10 @@ def _restore_layer(layer: Any) -> bool:
     if stock is None:
         return False
     layer.__class__ = stock
+    swapped = "backend" in layer.__dict__
     for name in ("backend", "methods", "norms"):
         layer.__dict__.pop(name, None)
-    return True
+    return swapped
 
 
 def _among(classes: dict[type, type], layer: Any) -> type | None:
@@ -147,14 +148,10 @@ def _protect_from_repacking(modules: Iterable[nn.Module]) -> None:
 
 
 def swap_reason(layer: Any, methods: tuple[str, ...]) -> str | None:
-    """Why `layer` cannot be swapped, whichever adapter is active; None when it can."""
-    if type(layer) not in FUSED and type(layer) not in STOCK:
+    """Why `layer` of PEFT cannot be swapped, whichever adapter is active; None when it can."""
+    if fused_kind(layer) is None:
         return f"{type(layer).__module__}.{type(layer).__name__} has no fused counterpart"
-    if (reason := _unfusable(layer, layer.base_layer)) is not None:
-        return reason
-    if layer.lora_A and not _methods(layer, methods):
-        return next(method_reason(layer, adapter, methods) for adapter in layer.lora_A)
-    return None
+    return _unfusable(layer, layer.base_layer) or methods_of(layer, methods)[1]
 
 
 def _unfusable(layer: Any, base: Any) -> str | None:
@@ -170,22 +167,24 @@ def _unfusable(layer: Any, base: Any) -> str | None:
     return None
 
 
-def _bare_rows(modules: dict[str, nn.Module], backend: str) -> list[Row]:
-    """A row for each 4-bit layer that is not the base of a LoRA layer, which has a row itself."""
+def _bare_rows(modules: dict[str, nn.Module], methods: tuple[str, ...], backend: str) -> list[Row]:
+    """A row for each packed layer that no row of its adapter's speaks for."""
     rows = []
     for name, layer in modules.items():
         above = modules.get(name.rpartition(".")[0])
-        if is_linear4bit(layer) and not isinstance(above, LowRankLinear | LoraLayer):
+        if isinstance(layer, _BASES) and not _speaks_for_its_base(above, methods):
             reason = _unfusable(layer, layer)
             method, runs_on = (None, None) if reason else ("base", _resolve(layer, backend))
             rows.append(Row(name, method, runs_on, reason))
     return rows
 
 
-def _methods(layer: Any, methods: tuple[str, ...]) -> list[str]:
-    """Those of `methods` that adapters of `layer` have."""
-    present = {method(layer, adapter) for adapter in layer.lora_A}
-    return [name for name in METHODS if name in methods and name in present]
+def _speaks_for_its_base(layer: Any, methods: tuple[str, ...]) -> bool:
+    """Whether the base of `layer` is nothing to swap: it is fused with it, or cannot be for its own sake."""
+    if fused_kind(layer) is None:
+        return isinstance(layer, LowRankLinear | AdapterLinear)
+    unasked = methods_of(layer, methods)[1]  # then PEFT's forward calls the base
+    return not unasked or _unfusable(layer, layer.base_layer) is not None
 
 
 def reader_reason(name: str, modules: dict[str, nn.Module]) -> str | None:

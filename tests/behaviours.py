@@ -17,22 +17,26 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from peft_models import (
+    adapted_layers,
     dora_net,
     fused_calls,
     inputs,
     lora_config,
-    lora_layers,
+    move_vectors,
     rescale,
     stock_net,
+    vector_config,
+    vector_net,
 )
 from tolerances import FLOOR, relative_error
 from torch import Tensor, nn
 
 from peft_fast import explain
 from peft_fast.base_layers import FusedBase
-from peft_fast.peft_layers import STOCK
+from peft_fast.peft_layers import METHODS, STOCK, fused_kind
 
-METHODS = ("lora", "dora")
+LOW_RANK = ("lora", "dora")
+VECTORS = ("vera", "ia3")
 
 FUSED = "fused"
 """The adapter is in the fused op."""
@@ -51,6 +55,7 @@ class Behaviour(NamedTuple):
     raises: dict[str, str]
     fails: dict[str, str]
     left: str | None
+    methods: tuple[str, ...]
 
     def of(self, texts: dict[str, str], kind: str, method: str) -> str | None:
         """The text of `raises` or `fails` for one cell of the matrix."""
@@ -66,6 +71,7 @@ def behaviour(
     raises: dict[str, str] | None = None,
     fails: dict[str, str] | None = None,
     left: str | None = None,
+    methods: tuple[str, ...] = LOW_RANK,
     **options: Any,
 ) -> Callable[[Callable[[Run], None]], Callable[[Run], None]]:
     """Registers a behaviour under its function's name.
@@ -75,13 +81,15 @@ def behaviour(
         raises: what stock PEFT answers where it refuses, by kind, by method, or by both as "nf4-dora".
         fails: the same where it breaks and an accelerated model does not.
         left: the reason why `accelerate` leaves some layers as they are.
+        methods: of `METHODS`, those that can go through it.
     """
 
     def register(go: Callable[[Run], None]) -> Callable[[Run], None]:
         name = go.__name__.replace("_", "-")
         assert name not in BEHAVIOURS, name
+        assert set(methods) <= set(METHODS), name
         BEHAVIOURS[name] = Behaviour(
-            go, build or functools.partial(small_net, **options), raises or {}, fails or {}, left
+            go, build or functools.partial(small_net, **options), raises or {}, fails or {}, left, methods
         )
         return go
 
@@ -89,6 +97,8 @@ def behaviour(
 
 
 def small_net(kind: str, method: str, **options: Any) -> nn.Module:
+    if method in VECTORS:
+        return vector_net(kind, method, **options)
     return (stock_net if method == "lora" else dora_net)(kind, **options)
 
 
@@ -108,14 +118,17 @@ class Run:
 
     def config(self, **options: Any) -> Any:
         """Of another adapter, by the method of the matrix."""
+        if self.method in VECTORS:
+            return vector_config(self.method, **options)
         return lora_config(**{"r": 3, "lora_alpha": 5, "use_dora": self.method == "dora", **options})
 
     def add(self, name: str, model: Any = None, **options: Any) -> None:
-        """Adds an adapter, with magnitudes that differ from the norms."""
+        """Adds an adapter, with magnitudes that differ from the norms, and vectors from their start."""
         torch.manual_seed(3)
         (model or self.model).add_adapter(name, self.config(**options))
-        for layer in lora_layers(self.model):
-            if name in layer.lora_magnitude_vector:
+        move_vectors(self.model, name)
+        for layer in adapted_layers(self.model):
+            if name in getattr(layer, "lora_magnitude_vector", ()):
                 rescale(layer, name)
 
     def refused(self, action: Callable[[], Any]) -> None:
@@ -179,15 +192,17 @@ class Run:
         """How many layers run the fused op at a forward now; checks that `explain` says of each `path`."""
         if not self.fast:
             return 0
-        layers = lora_layers(self.model)
+        layers = adapted_layers(self.model)
         paths = (path,) * len(layers) if isinstance(path, str) else path
         fused = [m for m in self.model.modules() if isinstance(m, FusedBase)]
         for layer, wanted in zip(layers, paths, strict=True):
             text = explain(layer)
             if wanted == FUSED:
-                adapter = next(name for name in layer.active_adapters if name in layer.lora_A)
-                method = "dora" if adapter in layer.lora_variant else "lora"
-                assert f"{method} adapter {adapter!r}" in text, text
+                kind: Any = fused_kind(layer)
+                held = getattr(layer, kind.adapters)
+                active = [name for name in layer.active_adapters if name in held]
+                named = f"adapter {active[0]!r}" if len(active) == 1 else f"adapters {active}"
+                assert f"{kind.method(layer, active[0])} {named}" in text, text
             elif wanted == BASE and type(layer) in STOCK:
                 assert (BASE if self.kind == "nf4" else "PEFT's own forward") in text, text
             elif wanted != BASE:
@@ -210,7 +225,7 @@ def go_through(behaviour: Behaviour, run: Run) -> str | None:
     run.show("state", run.model.state_dict())
     run.show("trained", [name for name, p in run.model.named_parameters() if p.requires_grad])
     run.show("training", [(name, module.training) for name, module in run.model.named_modules()])
-    if isinstance(run.model, PeftModel) and lora_layers(run.model):
+    if isinstance(run.model, PeftModel) and adapted_layers(run.model):
         status = [vars(status) for status in run.model.get_layer_status()]
         # The one thing that may tell: an accelerated layer's name.
         run.show("status", [{**s, "module_type": s["module_type"].replace("Fused", "")} for s in status])
@@ -260,8 +275,8 @@ def assert_same(where: str, got: Any, expected: Any, rounding: torch.dtype = tor
 
 @contextlib.contextmanager
 def each_layer(model: nn.Module, set_up: Callable[[Any], Any]) -> Iterator[None]:
-    """`set_up` of every LoRA layer, whose handle is removed at the end."""
-    handles = [set_up(layer) for layer in lora_layers(model)]
+    """`set_up` of every adapted layer, whose handle is removed at the end."""
+    handles = [set_up(layer) for layer in adapted_layers(model)]
     try:
         yield
     finally:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import tempfile
 
 import torch
-from behaviours import BASE, FUSED, STOCK_LAYER, Run, behaviour
+from behaviours import BASE, FUSED, METHODS, STOCK_LAYER, Run, behaviour
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.helpers import rescale_adapter_scale
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-from peft_models import inputs, lora_layers
+from peft_models import adapted_layers, inputs
 
 NOT_DORA = {"dora": "Cannot pass `adapter_names` when DoRA is enabled"}
 
@@ -17,7 +17,7 @@ NOT_DORA = {"dora": "Cannot pass `adapter_names` when DoRA is enabled"}
 # ------------------------------------------------------------------------------------------ which are active
 
 
-@behaviour(lora_dropout=0.1)
+@behaviour(lora_dropout=0.1, methods=METHODS)
 def switch(run: Run) -> None:
     run.add("other", lora_dropout=0.3)
     for name in ("other", "default", "other"):
@@ -33,39 +33,44 @@ def switch_method(run: Run) -> None:
         run.step()
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def set_adapter_for_inference(run: Run) -> None:
     run.add("other")
     run.model.set_adapter("other", inference_mode=True)
     run.step()
 
 
-@behaviour(lora_dropout=0.1)
+def several(run: Run, names: str = "") -> str:
+    """What runs with several active adapters: IA3's are multiplied."""
+    return FUSED if run.method == "ia3" else f"several active adapters: {names}"
+
+
+@behaviour(lora_dropout=0.1, methods=METHODS)
 def several_active(run: Run) -> None:
     run.add("other")
     run.model.base_model.set_adapter(["default", "other"])
-    run.step("several active adapters: ['default', 'other']")
+    run.step(several(run, "['default', 'other']"))
     run.model.base_model.set_adapter(["default", "default"])
-    run.step("several active adapters: ['default', 'default']")
+    run.step(several(run, "['default', 'default']"))
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def partly_active(run: Run) -> None:
     """The active adapter is on one layer of two."""
     run.add("other", targets=["up"])
     run.model.set_adapter("other")
     run.step((FUSED, BASE))
     run.model.base_model.set_adapter(["default", "other"])
-    run.step(("several active adapters", FUSED))
+    run.step((several(run), FUSED))
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def none_active(run: Run) -> None:
     run.model.base_model.set_adapter([])
     run.step(BASE)
 
 
-@behaviour(lora_dropout=0.1)
+@behaviour(lora_dropout=0.1, methods=METHODS)
 def disable(run: Run) -> None:
     with run.model.disable_adapter():
         run.step(BASE)
@@ -74,7 +79,7 @@ def disable(run: Run) -> None:
     run.step()
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def disable_through_an_error(run: Run) -> None:
     def fails() -> None:
         with run.model.disable_adapter(), run.model.disable_adapter():
@@ -91,13 +96,13 @@ def disable_with_trained_bias(run: Run) -> None:
     run.step()
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def disable_layers(run: Run) -> None:
     run.model.base_model.disable_adapter_layers()
     run.step(BASE)
     run.model.base_model.enable_adapter_layers()
     run.step()
-    lora_layers(run.model)[0].enable_adapters(False)
+    adapted_layers(run.model)[0].enable_adapters(False)
     run.step((BASE, FUSED))
 
 
@@ -108,7 +113,7 @@ def mixed_batch(run: Run) -> None:
     run.refused(lambda: run.model(inputs(), adapter_names=names))  # in training mode
     run.model.eval()
     run.refused(lambda: run.model(inputs(), adapter_names=["default", "nowhere", "other"]))
-    run.refused(lambda: lora_layers(run.model)[0](inputs(2), adapter_names=names))
+    run.refused(lambda: adapted_layers(run.model)[0](inputs(2), adapter_names=names))
     for mixed in (names, ["__base__"] * 3, ["default"] * 3):
         with torch.no_grad():
             run.show("y", run.model(inputs(), adapter_names=mixed))
@@ -119,7 +124,7 @@ def mixed_batch(run: Run) -> None:
 # ---------------------------------------------------------------------------------- added, deleted, renamed
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def add_after_the_swap(run: Run) -> None:
     run.add("later", r=5, lora_dropout=0.2)
     run.step()
@@ -127,7 +132,7 @@ def add_after_the_swap(run: Run) -> None:
     run.step()
 
 
-@behaviour(targets=["up"])
+@behaviour(targets=["up"], methods=METHODS, raises={"vera": "shapes cannot be multiplied"})
 def add_to_another_layer(run: Run) -> None:
     """A layer that gets its first adapter after the swap is PEFT's."""
     run.add("later", targets=["up", "down"])
@@ -156,7 +161,7 @@ def add_on_meta_and_load(run: Run) -> None:
     run.step()
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def delete(run: Run) -> None:
     run.add("other")
     run.model.delete_adapter("default")
@@ -167,14 +172,14 @@ def delete(run: Run) -> None:
     run.step()
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def delete_an_inactive_one(run: Run) -> None:
     run.add("other")
     run.model.delete_adapter("other")
     run.step()
 
 
-@behaviour()
+@behaviour(methods=METHODS, raises={"vera": "buffers are empty"})
 def delete_the_last(run: Run) -> None:
     run.model.delete_adapter("default")
     run.step(BASE, call=run.model.base_model)
@@ -195,7 +200,7 @@ def rename_by_loading(run: Run) -> None:
 
 @behaviour()
 def rename_in_place(run: Run) -> None:
-    for layer in lora_layers(run.model):
+    for layer in adapted_layers(run.model):
         for name in (*layer.adapter_layer_names, *layer.other_param_names, "lora_variant"):
             held = getattr(layer, name)
             if "default" in held:
@@ -235,15 +240,15 @@ def subtract_with_one(run: Run) -> None:
 
 @behaviour()
 def scale(run: Run) -> None:
-    for layer in lora_layers(run.model):
+    for layer in adapted_layers(run.model):
         layer.scale_layer(0.25)
     run.step()
     with rescale_adapter_scale(run.model, 3.0):
         run.step()
-    for layer in lora_layers(run.model):
+    for layer in adapted_layers(run.model):
         layer.unscale_layer(2)
     run.step()
-    for layer in lora_layers(run.model):
+    for layer in adapted_layers(run.model):
         layer.unscale_layer()
         layer.set_scale("default", 0.0)
     run.step()
@@ -251,10 +256,10 @@ def scale(run: Run) -> None:
 
 @behaviour(use_rslora=True)
 def scale_of_rslora(run: Run) -> None:
-    for layer in lora_layers(run.model):
+    for layer in adapted_layers(run.model):
         layer.set_scale("default", 0.5)
     run.step()
-    for layer in lora_layers(run.model):
+    for layer in adapted_layers(run.model):
         layer.unscale_layer()
     run.step()
 
@@ -278,7 +283,7 @@ def hotswap_prepared(run: Run) -> None:
     """For a compiler: ranks are padded, and scalings are tensors that are filled."""
     prepare_model_for_compiled_hotswap(run.model, target_rank=8)
     run.step()
-    for layer in lora_layers(run.model):
+    for layer in adapted_layers(run.model):
         layer.scaling["default"].fill_(0.5)
     run.step()
     run.step(grad=False)
@@ -292,5 +297,5 @@ def hotswap_with_tensor_scaling(run: Run) -> None:
         run.model.delete_adapter("new")
         prepare_model_for_compiled_hotswap(run.model, target_rank=8)
         hotswap_adapter(run.model, f"{folder}/new", adapter_name="default", torch_device="cpu")
-    run.show("scaling", [layer.scaling["default"] for layer in lora_layers(run.model)])
+    run.show("scaling", [layer.scaling["default"] for layer in adapted_layers(run.model)])
     run.step()

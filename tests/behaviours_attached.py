@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from behaviours import Run, behaviour, each_layer
+from behaviours import METHODS, Run, behaviour, each_layer
 from peft.helpers import disable_input_dtype_casting
-from peft_models import inputs, lora_layers, rescale
+from peft_models import adapted_layers, inputs, rescale
 from torch import nn
 
 HOOKS = (
@@ -32,7 +32,7 @@ def hooked(run: Run, name: str, adapter: str = "default") -> None:
     run.step()
 
 
-@behaviour(lora_dropout=0.1)
+@behaviour(lora_dropout=0.1, methods=METHODS)
 def hooks_on_base_layer(run: Run) -> None:
     hooked(run, "base_layer")
 
@@ -59,7 +59,7 @@ def hooks_on_magnitude(run: Run) -> None:
     hooked(run, "lora_magnitude_vector", "other")
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def hooks_on_the_layer(run: Run) -> None:
     seen: list[torch.Size] = []
     with each_layer(
@@ -69,7 +69,7 @@ def hooks_on_the_layer(run: Run) -> None:
     run.show("seen", seen)
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def hooks_for_all_modules(run: Run) -> None:
     seen: list[str] = []
     handle = nn.modules.module.register_module_forward_hook(
@@ -83,36 +83,36 @@ def hooks_for_all_modules(run: Run) -> None:
     run.step()
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def forward_of_its_own(run: Run) -> None:
     """As device_map offloading sets on a submodule."""
     seen: list[int] = []
-    for layer in lora_layers(run.model):
+    for layer in adapted_layers(run.model):
         call = layer.base_layer.forward
         layer.base_layer.forward = lambda x, call=call: seen.append(1) or call(x) * 2.0
     run.step("base_layer has a forward of its own")
     run.show("seen", len(seen))
-    for layer in lora_layers(run.model):
+    for layer in adapted_layers(run.model):
         del layer.base_layer.forward
     run.step()
 
 
 @behaviour()
 def parametrized(run: Run) -> None:
-    for layer in lora_layers(run.model):
+    for layer in adapted_layers(run.model):
         nn.utils.parametrize.register_parametrization(layer.lora_A["default"], "weight", nn.Tanh())
     run.step("lora_A is a ParametrizedLinear")
-    for layer in lora_layers(run.model):
+    for layer in adapted_layers(run.model):
         nn.utils.parametrize.remove_parametrizations(layer.lora_A["default"], "weight")
     run.step()
 
 
 @behaviour()
 def replaced_dropout(run: Run) -> None:
-    for layer in lora_layers(run.model):
+    for layer in adapted_layers(run.model):
         layer.lora_dropout["default"] = nn.Tanh()
     run.step("lora_dropout is a Tanh")
-    for layer in lora_layers(run.model):
+    for layer in adapted_layers(run.model):
         layer.lora_dropout["default"] = nn.Dropout(0.25)
     run.step()
 
@@ -137,7 +137,7 @@ def other_variants(run: Run) -> None:
 def another_magnitude(run: Run) -> None:
     """Adapter weights written through `.data`, as optimizers of other libraries do."""
     run.step()
-    for layer in lora_layers(run.model):
+    for layer in adapted_layers(run.model):
         layer.lora_A["default"].weight.data.mul_(1.5)
         for name in layer.lora_magnitude_vector:
             rescale(layer, name)

@@ -6,9 +6,9 @@ import concurrent.futures
 
 import pytest
 import torch
-from behaviours import BASE, FUSED, Run, behaviour
+from behaviours import BASE, FUSED, METHODS, Run, behaviour
 from behaviours_training import fixed_inputs
-from peft_models import WIDTH, lora_layers
+from peft_models import WIDTH, adapted_layers
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -19,7 +19,7 @@ NO_TRANSFORMS = {  # bitsandbytes'
 }
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def backward_twice(run: Run) -> None:
     x = fixed_inputs(4).requires_grad_()
     leaves = [x, *(p for p in run.model.parameters() if p.requires_grad)]
@@ -28,10 +28,10 @@ def backward_twice(run: Run) -> None:
     run.show("second", torch.autograd.grad(loss, leaves))
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def functional_call(run: Run) -> None:
     """The parameters of one call replaced, as torch.func does."""
-    halved = {n: p.detach() * 0.5 for n, p in run.model.named_parameters() if "lora_" in n}
+    halved = {n: p.detach() * 0.5 for n, p in run.model.named_parameters() if p.requires_grad}
     run.step()
     run.step(call=lambda x: torch.func.functional_call(run.model, halved, (x,)))
     run.step()
@@ -47,14 +47,14 @@ def gradients_by_func(run: Run) -> None:
     run.show("gradients", torch.func.grad(loss)(adapter, fixed_inputs(4)))
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def vmap(run: Run) -> None:
     run.model.eval()
     with torch.no_grad():
         run.show("y", torch.vmap(run.model)(fixed_inputs(4, 3)))
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def forward_mode(run: Run) -> None:
     with forward_ad.dual_level():
         x = forward_ad.make_dual(fixed_inputs(4), fixed_inputs(4).flip(0))
@@ -65,9 +65,9 @@ def forward_mode(run: Run) -> None:
     run.step()
 
 
-@behaviour(lora_dropout=0.1)
+@behaviour(lora_dropout=0.1, methods=METHODS)
 def output_written_in_place(run: Run) -> None:
-    layer = lora_layers(run.model)[0]
+    layer = adapted_layers(run.model)[0]
     for write in (
         lambda y: y.mul_(2.0),
         lambda y: y.relu_(),
@@ -85,7 +85,7 @@ def output_written_in_place(run: Run) -> None:
 @behaviour()
 def input_written_in_place(run: Run) -> None:
     """autograd notices."""
-    layer = lora_layers(run.model)[0]
+    layer = adapted_layers(run.model)[0]
     x = fixed_inputs(4).requires_grad_()
     h = x * 1.0
     y = layer(h)
@@ -98,7 +98,7 @@ def input_written_in_place(run: Run) -> None:
         raise AssertionError("expected autograd to notice")
 
 
-@behaviour(lora_dropout=0.1)
+@behaviour(lora_dropout=0.1, methods=METHODS)
 def gradient_hooks(run: Run) -> None:
     seen: list[str] = []
     for name, parameter in run.model.named_parameters():
@@ -111,7 +111,7 @@ def gradient_hooks(run: Run) -> None:
     run.show("gradients", {n: p.grad for n, p in run.model.named_parameters()})
 
 
-@behaviour(lora_dropout=0.1)
+@behaviour(lora_dropout=0.1, methods=METHODS)
 def called_twice(run: Run) -> None:
     """One layer at two places of a graph."""
     run.step(call=lambda x: run.model(run.model(x)), times=2)
@@ -120,7 +120,7 @@ def called_twice(run: Run) -> None:
 @behaviour()
 def adapters_tied_across_layers(run: Run) -> None:
     run.add("other", targets=["up"], r=4)
-    layers = lora_layers(run.model)
+    layers = adapted_layers(run.model)
     layers[0].lora_A["other"].weight = layers[0].lora_A["default"].weight
     run.step()
     run.model.set_adapter("other")
@@ -130,7 +130,7 @@ def adapters_tied_across_layers(run: Run) -> None:
 @behaviour()
 def learned_scaling(run: Run) -> None:
     scaling = torch.tensor(2.0, requires_grad=True)
-    for layer in lora_layers(run.model):
+    for layer in adapted_layers(run.model):
         layer.scaling["default"] = scaling
     run.step()
     run.model(fixed_inputs(4)).square().sum().backward()
@@ -140,18 +140,18 @@ def learned_scaling(run: Run) -> None:
 @behaviour()
 def scaling_of_any_number(run: Run) -> None:
     for value in (2, 0, -1.5, torch.tensor(0.5).item(), torch.tensor([0.25])):
-        for layer in lora_layers(run.model):
+        for layer in adapted_layers(run.model):
             layer.scaling["default"] = value
         run.step()
 
 
-@behaviour(lora_dropout=0.2)
+@behaviour(lora_dropout=0.2, methods=METHODS)
 def saved_on_cpu(run: Run) -> None:
     with torch.autograd.graph.save_on_cpu():
         run.step()
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def saved_by_hooks(run: Run) -> None:
     kept: list[Tensor] = []
 
@@ -163,7 +163,7 @@ def saved_by_hooks(run: Run) -> None:
         run.step()
 
 
-@behaviour(lora_dropout=0.2)
+@behaviour(lora_dropout=0.2, methods=METHODS)
 def selective_checkpointing(run: Run) -> None:
     """Products are kept, the rest is computed again."""
 
@@ -177,13 +177,13 @@ def selective_checkpointing(run: Run) -> None:
     run.step(call=lambda x: checkpoint(run.model, x, use_reentrant=False, context_fn=contexts))
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def anomaly_detection(run: Run) -> None:
     with torch.autograd.detect_anomaly(check_nan=True):
         run.step()
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def jit_trace(run: Run) -> None:
     run.model.eval()
     net = run.model.base_model.model
@@ -191,7 +191,7 @@ def jit_trace(run: Run) -> None:
     run.show("y", traced(fixed_inputs(7)))
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def exported(run: Run) -> None:
     """PyTorch cannot make Params4bit fake."""
     net = run.model.base_model.model.eval()
@@ -204,7 +204,7 @@ def exported(run: Run) -> None:
     run.step()
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def default_dtype(run: Run) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         torch.set_default_dtype(dtype)
@@ -214,13 +214,13 @@ def default_dtype(run: Run) -> None:
             torch.set_default_dtype(torch.float32)
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def device_context(run: Run) -> None:
     with torch.device("cpu"):
         run.step()
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def threads_with_gradients(run: Run) -> None:
     batches = [fixed_inputs(i + 1) for i in range(8)]
 
@@ -236,12 +236,12 @@ def threads_with_gradients(run: Run) -> None:
 @behaviour(lora_dropout=0.3)
 def dropout_changed(run: Run) -> None:
     for p in (0.6, 0.0):
-        for layer in lora_layers(run.model):
+        for layer in adapted_layers(run.model):
             layer.lora_dropout["default"].p = p
         run.step()
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def parameter_as_input(run: Run) -> None:
     x = nn.Parameter(fixed_inputs(4))
     run.model(x).square().sum().backward()

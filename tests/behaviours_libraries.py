@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 
 import torch
-from behaviours import BASE, STOCK_LAYER, Run, behaviour
+from behaviours import BASE, METHODS, STOCK_LAYER, Run, behaviour
 from behaviours_models import WIDTH, adapted, of_tokens, prepared
 from behaviours_training import fixed_inputs
 from peft import LoHaConfig, PeftMixedModel, get_peft_model, prepare_model_for_kbit_training
 from peft.helpers import DoraCaching
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
-from peft_models import Net, lora_layers, tiny_bert, to_kind
+from peft_models import Net, adapted_layers, tiny_bert, to_kind
 from torch import nn
 
 from peft_fast import accelerate
@@ -46,7 +46,7 @@ def kbit_training(run: Run) -> None:
 def other_compute_dtype(run: Run) -> None:
     """fp32 activations over a 4-bit layer that computes in bfloat16."""
     run.rounding = torch.bfloat16 if run.kind == "nf4" else torch.float32
-    for layer in lora_layers(run.model):
+    for layer in adapted_layers(run.model):
         layer.base_layer.compute_dtype = torch.bfloat16 if run.kind == "nf4" else torch.float32
     run.step()
     same_biases(run)
@@ -109,7 +109,7 @@ def layers_chosen(run: Run) -> None:
     run.step(call=of_tokens(run))
 
 
-@behaviour()
+@behaviour(methods=METHODS, raises={"nf4-ia3": "NotImplementedError"})
 def adapt_an_accelerated_base(run: Run) -> None:
     """accelerate first, PEFT second: the bare 4-bit layers are fused under PEFT's own."""
     base = to_kind(Net(), run.kind)
@@ -133,7 +133,7 @@ def adapt_an_accelerated_base(run: Run) -> None:
 @behaviour()
 def weights_read_by_name(run: Run) -> None:
     """`.weight` and `.bias` of a layer are its base's, as transformers' T5 reads them."""
-    layer = lora_layers(run.model)[0]
+    layer = adapted_layers(run.model)[0]
     run.show("read", [layer.weight is layer.base_layer.weight, layer.bias is layer.base_layer.bias])
     run.show("features", [layer.in_features, layer.out_features, isinstance(layer, nn.Module)])
     run.show("delta", layer.get_delta_weight("default"))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 
 import torch
-from behaviours import BASE, FUSED, Run, behaviour
-from peft_models import inputs, lora_layers
+from behaviours import BASE, FUSED, METHODS, Run, behaviour
+from peft_models import adapted_layers, inputs
+
+NO_MERGING = {"nf4-ia3": "NotImplementedError"}
+NO_UNLOADING = {"nf4-ia3": "Cannot merge ia3 layers when the model is loaded in 4-bit mode"}
 
 
-@behaviour(lora_dropout=0.1)
+@behaviour(lora_dropout=0.1, methods=METHODS, raises=NO_MERGING)
 def merge(run: Run) -> None:
     for _ in range(3):
         run.step()
@@ -20,7 +23,7 @@ def merge(run: Run) -> None:
     run.step()
 
 
-@behaviour()
+@behaviour(methods=METHODS, raises=NO_MERGING)
 def safe_merge(run: Run) -> None:
     run.step()
     run.model.merge_adapter(safe_merge=True)
@@ -31,14 +34,14 @@ def safe_merge(run: Run) -> None:
 
 @behaviour()
 def safe_merge_of_a_broken_adapter(run: Run) -> None:
-    layer = lora_layers(run.model)[1]
+    layer = adapted_layers(run.model)[1]
     layer.lora_B["default"].weight.data[0, 0] = torch.nan
     run.refused(lambda: run.model.merge_adapter(safe_merge=True))
-    run.show("merged", [layer.merged_adapters for layer in lora_layers(run.model)])
+    run.show("merged", [layer.merged_adapters for layer in adapted_layers(run.model)])
     run.step((BASE, FUSED))
 
 
-@behaviour()
+@behaviour(methods=METHODS, raises=NO_MERGING)
 def merge_two(run: Run) -> None:
     run.add("other")
     run.model.merge_adapter(["default", "other"])
@@ -60,7 +63,7 @@ def merge_one_then_another(run: Run) -> None:
     run.step()
 
 
-@behaviour()
+@behaviour(methods=METHODS, raises=NO_MERGING)
 def merge_an_inactive_one(run: Run) -> None:
     run.add("other")
     run.step()
@@ -81,7 +84,7 @@ def merge_where_it_is(run: Run) -> None:
     run.step()
 
 
-@behaviour()
+@behaviour(methods=METHODS, raises=NO_MERGING)
 def switch_while_merged(run: Run) -> None:
     """PEFT's set_adapter unmerges."""
     run.add("other")
@@ -101,18 +104,18 @@ def delete_while_merged(run: Run) -> None:
     run.step()
 
 
-@behaviour()
+@behaviour(methods=METHODS, raises=NO_MERGING)
 def disable_while_merged(run: Run) -> None:
     """PEFT unmerges at the first forward."""
     run.model.merge_adapter()
     with run.model.disable_adapter():
         run.step("the adapters are disabled, and PEFT unmerges them first")
         run.step(BASE)
-    run.show("merged", [layer.merged for layer in lora_layers(run.model)])
+    run.show("merged", [layer.merged for layer in adapted_layers(run.model)])
     run.step()
 
 
-@behaviour()
+@behaviour(methods=METHODS, raises=NO_MERGING)
 def save_while_merged(run: Run) -> None:
     run.model.merge_adapter()
     run.show("state", run.model.state_dict())
@@ -138,11 +141,11 @@ def merge_with_lora_bias(run: Run) -> None:
 def unloaded(run: Run, **options) -> None:
     run.step()
     run.model = run.model.eval().merge_and_unload(**options)
-    assert not lora_layers(run.model)
+    assert not adapted_layers(run.model)
     run.show("y", run.model(inputs()))
 
 
-@behaviour(lora_dropout=0.1)
+@behaviour(lora_dropout=0.1, methods=METHODS, raises=NO_UNLOADING)
 def merge_and_unload(run: Run) -> None:
     unloaded(run)
 
@@ -158,14 +161,14 @@ def merge_and_unload_two(run: Run) -> None:
     unloaded(run, adapter_names=["default", "other"])
 
 
-@behaviour()
+@behaviour(methods=METHODS, raises=NO_UNLOADING)
 def unload(run: Run) -> None:
     run.model = run.model.unload()
-    assert not lora_layers(run.model)
+    assert not adapted_layers(run.model)
     run.show("y", run.model(inputs()))
 
 
-@behaviour()
+@behaviour(methods=METHODS, raises=NO_MERGING)
 def merge_and_unload_when_merged(run: Run) -> None:
     run.model.merge_adapter()
     run.model = run.model.merge_and_unload()

@@ -8,7 +8,7 @@ import torch
 from behaviours import BASE, FUSED, STOCK_LAYER, Run, behaviour
 from peft import LoraConfig, PeftMixedModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import ParamWrapper
-from peft_models import WIDTH, Net, lora_config, lora_layers, rescale, tiny_bert, to_kind, unpacked
+from peft_models import WIDTH, Net, adapted_layers, lora_config, rescale, tiny_bert, to_kind, unpacked
 from torch import Tensor, nn
 
 from peft_fast import accelerate
@@ -23,7 +23,7 @@ def adapted(model: nn.Module, method: str, **options) -> nn.Module:
 
 
 def prepared(model: nn.Module) -> nn.Module:
-    for layer in lora_layers(model):
+    for layer in adapted_layers(model):
         for name in getattr(layer, "lora_magnitude_vector", ()):
             rescale(layer, name)
     return unpacked(model)
@@ -34,7 +34,7 @@ def prepared(model: nn.Module) -> nn.Module:
 
 @behaviour(rank_pattern={"up": 9}, alpha_pattern={"down": 1})
 def patterns(run: Run) -> None:
-    run.show("ranks", [dict(layer.r) for layer in lora_layers(run.model)])
+    run.show("ranks", [dict(layer.r) for layer in adapted_layers(run.model)])
     run.step()
     run.add("other", rank_pattern={"down": 1}, alpha_pattern={"up": 40})
     run.model.set_adapter("other")
@@ -60,7 +60,7 @@ def initializations(run: Run) -> None:
             run.model.set_adapter(name)
             run.step()
         else:
-            lora_layers(run.model)[0].delete_adapter(name)
+            adapted_layers(run.model)[0].delete_adapter(name)
             run.model.set_adapter("default")
 
 
@@ -71,7 +71,7 @@ def lora_bias(run: Run) -> None:
     run.model.set_adapter("biased")
     run.step()
     with torch.no_grad():
-        for layer in lora_layers(run.model):
+        for layer in adapted_layers(run.model):
             layer.lora_B["biased"].bias += 1.0
     run.step()
 
@@ -129,7 +129,7 @@ def with_a_parameter(kind: str, method: str) -> nn.Module:
 
 @behaviour(with_a_parameter, left="ParamWrapper has no fused counterpart")
 def target_parameters(run: Run) -> None:
-    assert isinstance(lora_layers(run.model)[0], ParamWrapper)
+    assert isinstance(adapted_layers(run.model)[0], ParamWrapper)
     run.step("ParamWrapper has no fused counterpart")
     run.refused(lambda: run.add("more", target_parameters=["up.weight"], targets=[]))
     run.model.merge_adapter()
@@ -241,10 +241,10 @@ def inject_adapter(run: Run) -> None:
     run.step()
     torch.manual_seed(2)
     inject_adapter_in_model(run.config(r=2), run.model, "other")
-    for layer in lora_layers(run.model):
+    for layer in adapted_layers(run.model):
         layer.set_adapter("other")
     run.step()
-    for layer in lora_layers(run.model):
+    for layer in adapted_layers(run.model):
         layer.enable_adapters(False)
     run.step(BASE)
 
@@ -268,7 +268,7 @@ def transformers_add_adapter(run: Run) -> None:
     run.model.add_adapter(lora_config(["query"], use_dora=run.method == "dora"), "other")
     run.model.set_adapter("other")
     run.show("active", run.model.active_adapters())
-    reached = tuple(FUSED if "other" in layer.lora_A else BASE for layer in lora_layers(run.model))
+    reached = tuple(FUSED if "other" in layer.lora_A else BASE for layer in adapted_layers(run.model))
     run.step(reached, call=of_tokens(run))
     run.model.disable_adapters()
     run.step(BASE, call=of_tokens(run))
@@ -316,7 +316,7 @@ def replicated(kind: str, method: str) -> nn.Module:
 @behaviour(replicated)
 def layer_replication(run: Run) -> None:
     """Four layers by the weights of two, each with adapters of its own."""
-    queries = [layer.base_layer.weight.data_ptr() for layer in lora_layers(run.model)]
+    queries = [layer.base_layer.weight.data_ptr() for layer in adapted_layers(run.model)]
     run.show("shared", [queries[0] == queries[2], queries[1] == queries[3], len(queries)])
     run.step(call=of_tokens(run))
 

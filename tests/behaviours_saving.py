@@ -8,22 +8,22 @@ import pickle
 import tempfile
 
 import torch
-from behaviours import STOCK_LAYER, Run, behaviour, small_net
+from behaviours import METHODS, STOCK_LAYER, Run, behaviour, small_net
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft_models import lora_layers
 
 
-@behaviour(lora_dropout=0.1)
+@behaviour(lora_dropout=0.1, methods=METHODS)
 def deepcopy(run: Run) -> None:
     original, run.model = run.model, copy.deepcopy(run.model)
-    for layer in lora_layers(run.model):
-        layer.lora_B["default"].weight.data.mul_(0.5)
+    for parameter in run.model.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(0.5)
     run.step()
     run.model = original
     run.step()
 
 
-@behaviour(fails={"nf4-dora": "The size of tensor a (4096) must match"}, lora_dropout=0.1)
+@behaviour(fails={"nf4-dora": "The size of tensor a (4096) must match"}, lora_dropout=0.1, methods=METHODS)
 def pickled(run: Run) -> None:
     run.model = pickle.loads(pickle.dumps(run.model))
     run.step()
@@ -34,7 +34,7 @@ def pickled(run: Run) -> None:
     run.step()
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def state_dict_round_trip(run: Run) -> None:
     """Strictly; of 4-bit layers PyTorch's loading refuses the keys of the quantization state."""
     other = small_net(run.kind, run.method)
@@ -59,7 +59,7 @@ def load_by_assignment(run: Run) -> None:
     run.step()
 
 
-@behaviour(lora_dropout=0.1)
+@behaviour(lora_dropout=0.1, methods=METHODS)
 def adapter_state_dict(run: Run) -> None:
     state = get_peft_model_state_dict(run.model)
     run.show("saved", state)
@@ -68,7 +68,7 @@ def adapter_state_dict(run: Run) -> None:
     run.step()
 
 
-@behaviour(lora_dropout=0.1)
+@behaviour(lora_dropout=0.1, methods=METHODS, raises={"nf4-ia3": "Cannot merge ia3 layers"})
 def save_and_load(run: Run) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run.model.save_pretrained(folder)

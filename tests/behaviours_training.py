@@ -5,10 +5,13 @@ from __future__ import annotations
 import concurrent.futures
 
 import torch
-from behaviours import BASE, FUSED, Run, behaviour
-from peft_models import WIDTH, inputs, lora_layers
+from behaviours import BASE, FUSED, METHODS, Run, behaviour
+from peft_models import WIDTH, adapted_layers, inputs
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+PEFTS_DTYPE = ("lora", "dora", "vera")
+"""Those whose half output has PEFT's dtype; see test_peft_ia3."""
 
 TRAINED_BASE = "the weight of base_layer is trained"
 
@@ -21,7 +24,7 @@ def fixed_inputs(*shape: int) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------- modes
 
 
-@behaviour(lora_dropout=0.5)
+@behaviour(lora_dropout=0.5, methods=METHODS)
 def train_and_eval(run: Run) -> None:
     run.step()
     run.model.eval()
@@ -35,10 +38,10 @@ def train_and_eval(run: Run) -> None:
 @behaviour(lora_dropout=0.5)
 def dropout_in_eval_alone(run: Run) -> None:
     """The dropout module and the layer have training flags of their own; PEFT's DoRA looks at both."""
-    for layer in lora_layers(run.model):
+    for layer in adapted_layers(run.model):
         layer.lora_dropout["default"].eval()
     run.step()
-    for layer in lora_layers(run.model):
+    for layer in adapted_layers(run.model):
         layer.training, layer.lora_dropout["default"].training = False, True
     run.step()
 
@@ -48,7 +51,7 @@ def everything_dropped(run: Run) -> None:
     run.step()
 
 
-@behaviour(lora_dropout=0.1)
+@behaviour(lora_dropout=0.1, methods=METHODS)
 def inference_mode(run: Run) -> None:
     run.model.eval()
     with torch.inference_mode():
@@ -57,7 +60,7 @@ def inference_mode(run: Run) -> None:
     run.step()
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def shapes(run: Run) -> None:
     for shape in ((7,), (1, 1), (0,), (2, 3, 4)):
         run.step(x=fixed_inputs(*shape))
@@ -68,7 +71,7 @@ def shapes(run: Run) -> None:
     run.step(x=torch.randn(WIDTH, 6, generator=torch.Generator().manual_seed(4)).t())
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def eight_threads(run: Run) -> None:
     run.model.eval()
     batches = [fixed_inputs(i + 1) for i in range(8)]
@@ -102,23 +105,23 @@ def trained(run: Run, forward, steps: int = 4, accumulated: int = 1) -> None:
     assert losses[-1] < losses[0]
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def training(run: Run) -> None:
     trained(run, run.model)
     run.step()
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def gradient_accumulation(run: Run) -> None:
     trained(run, run.model, accumulated=4)
 
 
-@behaviour(lora_dropout=0.2)
+@behaviour(lora_dropout=0.2, methods=METHODS)
 def checkpointing(run: Run) -> None:
     run.step(call=lambda x: checkpoint(run.model, x, use_reentrant=False))
 
 
-@behaviour(lora_dropout=0.2)
+@behaviour(lora_dropout=0.2, methods=METHODS)
 def checkpointing_reentrant(run: Run) -> None:
     """Without torch.autograd.grad, which a reentrant checkpoint refuses."""
     for name in ("default", "other"):
@@ -133,7 +136,7 @@ def checkpointing_reentrant(run: Run) -> None:
         run.show("gradients", {n: p.grad for n, p in run.model.named_parameters()})
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def checkpointed_training(run: Run) -> None:
     trained(run, lambda x: checkpoint(run.model, x, use_reentrant=False), accumulated=2)
 
@@ -148,7 +151,7 @@ def layer_parts(run: Run) -> list[dict[str, nn.Parameter]]:
             for part in ("lora_A", "lora_B", "lora_magnitude_vector")
             if "default" in getattr(layer, part)
         }
-        for layer in lora_layers(run.model)
+        for layer in adapted_layers(run.model)
     ]
 
 
@@ -176,12 +179,12 @@ def frozen_in_one_layer(run: Run) -> None:
 @behaviour(bias="all")
 def trained_bias(run: Run) -> None:
     run.step()
-    for layer in lora_layers(run.model):
+    for layer in adapted_layers(run.model):
         layer.base_layer.bias.requires_grad_(False)
     run.step()
 
 
-@behaviour(raises={"nf4": "only Tensors of floating point dtype can require gradients"})
+@behaviour(raises={"nf4": "only Tensors of floating point dtype can require gradients"}, methods=METHODS)
 def trained_base(run: Run) -> None:
     run.step()
     run.model.base_model.model.up.base_layer.weight.requires_grad_()
@@ -190,7 +193,7 @@ def trained_base(run: Run) -> None:
     run.step()
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def frozen_input(run: Run) -> None:
     run.model(fixed_inputs(4)).square().sum().backward()
     run.show("gradients", {name: p.grad for name, p in run.model.named_parameters()})
@@ -199,7 +202,7 @@ def frozen_input(run: Run) -> None:
 # ---------------------------------------------------------------------------------------- dtypes and devices
 
 
-@behaviour(lora_dropout=0.2)
+@behaviour(lora_dropout=0.2, methods=PEFTS_DTYPE)
 def autocast(run: Run) -> None:
     run.rounding = torch.bfloat16
     for dtype in (torch.float32, torch.bfloat16):
@@ -219,7 +222,7 @@ def autocast_without_cache(run: Run) -> None:
         run.step(grad=False)
 
 
-@behaviour(lora_dropout=0.1)
+@behaviour(lora_dropout=0.1, methods=PEFTS_DTYPE)
 def to_half_and_back(run: Run) -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         run.model.to(dtype)
@@ -227,15 +230,15 @@ def to_half_and_back(run: Run) -> None:
         run.step(x=fixed_inputs(3, 5).to(dtype))
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def to_double(run: Run) -> None:
     run.model.double()
-    run.step("the weight of lora_A is torch.float64", x=fixed_inputs(3, 5).double())
+    run.step("is torch.float64", x=fixed_inputs(3, 5).double())
     run.model.float()
     run.step()
 
 
-@behaviour(dtype=torch.bfloat16, lora_dropout=0.1)
+@behaviour(dtype=torch.bfloat16, lora_dropout=0.1, methods=PEFTS_DTYPE)
 def half_base(run: Run) -> None:
     """fp32 adapters on a bfloat16 model."""
     run.rounding = torch.bfloat16
@@ -255,11 +258,11 @@ def half_input(run: Run) -> None:
     run.step(x=fixed_inputs(3, 5).bfloat16())
 
 
-@behaviour()
+@behaviour(methods=METHODS)
 def to_device(run: Run) -> None:
     run.model.to("cpu")
     run.step()
-    for layer in lora_layers(run.model):
+    for layer in adapted_layers(run.model):
         layer._move_adapter_to_device_of_base_layer("default")
     run.step()
     run.model.to_empty(device="meta")
@@ -283,7 +286,7 @@ def share_memory(run: Run) -> None:
 @behaviour()
 def base_alone_by_forward(run: Run) -> None:
     """The base layer of a layer called by itself, as quantization-aware code does."""
-    layer = lora_layers(run.model)[0]
+    layer = adapted_layers(run.model)[0]
     run.show("y", layer.get_base_layer()(fixed_inputs(4)))
     run.show("weight", layer.get_base_weight())
     with run.model.disable_adapter():

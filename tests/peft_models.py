@@ -6,7 +6,9 @@ import copy
 
 import bitsandbytes as bnb
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, VeraConfig, get_peft_model
+from peft.tuners.ia3 import bnb as ia3_bnb
+from peft.tuners.ia3 import layer as ia3_layer
 from peft.tuners.lora.layer import LoraLayer
 from tolerances import assert_as_exact
 from torch import nn
@@ -14,6 +16,7 @@ from transformers import BertConfig, BertModel
 
 from peft_fast import accelerate, backends
 from peft_fast.formats import from_linear
+from peft_fast.peft_layers import PEFT_LAYERS
 
 KINDS = ("dense", "nf4")
 
@@ -34,29 +37,41 @@ class Net(nn.Module):
 
 
 def to_kind(model: nn.Module, kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """`model` in `dtype`, with its linear layers in NF4 for kind "nf4"."""
+    """`model` in `dtype`, its linear layers in "nf4", nested, in "nf4-flat", not nested, or in "int8"."""
     model = model.to(dtype)
-    if kind == "nf4":
+    if kind != "dense":
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 if type(child) is nn.Linear:
-                    setattr(parent, name, to_4bit(child))
-        model.is_loaded_in_4bit = True
+                    packed = to_8bit(child) if kind == "int8" else to_4bit(child, nested=kind == "nf4")
+                    setattr(parent, name, packed)
+        setattr(model, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)
     return model.requires_grad_(False)
 
 
-def to_4bit(linear: nn.Linear) -> bnb.nn.Linear4bit:
+def to_4bit(linear: nn.Linear, nested: bool = True) -> bnb.nn.Linear4bit:
     dtype = linear.weight.dtype
     new = bnb.nn.Linear4bit(
         linear.in_features,
         linear.out_features,
         linear.bias is not None,
         compute_dtype=dtype,
+        compress_statistics=nested,
         quant_type="nf4",
     )
     new.load_state_dict(linear.state_dict())
     new = new.to(dtype).to("cpu")  # the move quantizes
     assert new.weight.quant_state is not None
+    return new
+
+
+def to_8bit(linear: nn.Linear) -> bnb.nn.Linear8bitLt:
+    new = bnb.nn.Linear8bitLt(
+        linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False
+    )
+    new.load_state_dict(linear.state_dict())
+    new = new.to(linear.weight.dtype).to("cpu")  # the move quantizes
+    assert new.weight.dtype is torch.int8
     return new
 
 
@@ -80,6 +95,38 @@ def dora_net(kind: str, dtype=torch.float32, **options) -> nn.Module:
     for layer in lora_layers(model):
         rescale(layer)
     return model
+
+
+def vector_config(method: str, targets=("up", "down"), **options) -> PeftConfig:
+    """Of VeRA or IA3, with those of LoRA's options that they have; IA3 is on the input of `down`."""
+    if method == "ia3":
+        return IA3Config(
+            target_modules=list(targets), feedforward_modules=[t for t in targets if t == "down"]
+        )
+    kept = {"vera_dropout": options.get("lora_dropout", 0.0), "bias": options.get("bias", "none")}
+    return VeraConfig(target_modules=list(targets), r=16, projection_prng_key=7, **kept)
+
+
+def vector_net(kind: str, method: str, dtype=torch.float32, *, adapter_dtype=None, **options) -> nn.Module:
+    """`Net` under PEFT's VeRA or IA3, its vectors moved, safe from bitsandbytes' repacking."""
+    model = get_peft_model(to_kind(Net(), kind, dtype), vector_config(method, **options))
+    move_vectors(model)
+    for layer in adapted_layers(model):
+        for name in layer.adapter_layer_names:
+            for vector in getattr(layer, name).values():
+                vector.data = vector.data.to(adapter_dtype or torch.float32)
+    for name in ("vera_A", "vera_B") if method == "vera" else ():
+        shared = getattr(model.base_model, name)
+        shared["default"] = shared["default"].to(adapter_dtype or torch.float32)
+    return unpacked(model)
+
+
+def move_vectors(model: nn.Module, adapter: str = "default") -> None:
+    """VeRA's and IA3's away from their initialisation, where layers equal their bases."""
+    for layer in adapted_layers(model):
+        for name in layer.adapter_layer_names:
+            if name.startswith(("vera_lambda", "ia3")) and adapter in getattr(layer, name):
+                getattr(layer, name)[adapter].data += torch.rand_like(getattr(layer, name)[adapter]) - 0.5
 
 
 def rescale(layer: LoraLayer, adapter: str = "default") -> None:
@@ -107,6 +154,11 @@ def lora_layers(model: nn.Module) -> list[LoraLayer]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
+def adapted_layers(model: nn.Module) -> list:
+    """Those that `accelerate` looks at: of PEFT's LoRA, VeRA and IA3."""
+    return [module for module in model.modules() if isinstance(module, PEFT_LAYERS)]
+
+
 def accelerated(stock: nn.Module, **options) -> nn.Module:
     model = copy.deepcopy(stock)
     accelerate(model, strict=True, **options)
@@ -115,15 +167,22 @@ def accelerated(stock: nn.Module, **options) -> nn.Module:
 
 def truth_of(stock: nn.Module) -> nn.Module:
     """PEFT's own forward with everything in fp64, each base weight at its exact value."""
+    return decoded(stock, torch.float64).double()
+
+
+def decoded(stock: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """PEFT's own forward over dense base layers in `dtype`."""
     model = copy.deepcopy(stock)
-    for layer in lora_layers(model):
+    for layer in adapted_layers(model):
         base = layer.base_layer
         exact = nn.Linear(base.in_features, base.out_features, base.bias is not None)
-        exact.weight = nn.Parameter(from_linear(base).decode(torch.float64), requires_grad=False)
+        exact.weight = nn.Parameter(from_linear(base).decode(dtype), requires_grad=False)
         if base.bias is not None:
-            exact.bias = nn.Parameter(base.bias.data.double(), requires_grad=base.bias.requires_grad)
+            exact.bias = nn.Parameter(base.bias.data.to(dtype), requires_grad=base.bias.requires_grad)
         layer.base_layer = exact
-    return model.double()
+        if type(layer) in (ia3_bnb.Linear4bit, ia3_bnb.Linear8bitLt):  # whose forward computes in float32
+            layer.__class__ = ia3_layer.Linear
+    return model
 
 
 def fused_calls() -> int:
@@ -154,6 +213,7 @@ def assert_same_model(
     *,
     calls: int | None = None,
     autocast: bool = False,
+    peer: nn.Module | None = None,
     **kwargs,
 ) -> None:
     """Output and every gradient of `fast` are as exact as those of `stock`, under the same dropout masks.
@@ -163,10 +223,11 @@ def assert_same_model(
         x: [..., WIDTH].
         calls: how many fused forward calls `fast` has to make; not checked when None.
         autocast: run `stock` and `fast` inside bfloat16 autocast.
+        peer: what `fast` has to be as exact as, where that is not `stock`.
     """
     truth = run(truth_of(stock), x.double(), **kwargs)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        plain = run(stock, x, **kwargs)
+        plain = run(peer or stock, x, **kwargs)
         before = fused_calls()
         got = run(fast, x, **kwargs)
     assert calls is None or fused_calls() - before == calls

@@ -6,12 +6,26 @@ import io
 import pytest
 import torch
 from method_cases import CASES, K, N, make_base, moved, trained
+from peft import get_peft_model
+from peft_models import Net, accelerated, fused_calls, inputs, lora_config, to_kind, unpacked
 from tolerances import relative_error
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from peft_fast import AdapterLinear, SharedFactors, UnsupportedLayer, backends, formats
+from peft_fast import (
+    AdapterLinear,
+    LoRALinear,
+    SharedFactors,
+    UnsupportedLayer,
+    backends,
+    convert,
+    explain,
+    formats,
+    quantize,
+    restore,
+)
+from peft_fast.base_layers import FusedBase
 from peft_fast.methods import METHODS
 
 
@@ -169,3 +183,32 @@ def test_shared_factors_that_do_not_fit_are_refused():
 
 def test_every_method_is_tested_here():
     assert {method for method, _ in CASES} == set(METHODS)
+
+
+@pytest.mark.parametrize(
+    "wrap", [LoRALinear.from_linear, lambda base: AdapterLinear.from_linear(base, "ia3")]
+)
+def test_a_layer_of_ours_is_left_alone_with_its_base(kind, wrap):
+    """And explained, beside a layer of PEFT's."""
+    net = to_kind(Net(), kind)
+    net.up = wrap(net.up)
+    model = accelerated(unpacked(get_peft_model(net, lora_config(["down"]))))
+    assert [type(m) for m in model.base_model.model.up.modules()] == [type(m) for m in net.up.modules()]
+    assert not any(isinstance(module, FusedBase) for module in model.modules())
+    text = explain(model)
+    assert text.count("lora_linear over") == 2
+    assert f"base_model.model.up: {explain(net.up).splitlines()[0]}" in text
+    assert explain(net.up).startswith(("LoRALinear: r=16", "AdapterLinear: ia3, feedforward=False\n"))
+    before = fused_calls()
+    model(inputs())
+    assert fused_calls() - before == 2
+    assert restore(model) == 1
+
+
+@pytest.mark.parametrize("change", [quantize, convert])
+def test_quantize_and_convert_refuse_a_layer_of_ours(change):
+    net = Net()
+    net.up = AdapterLinear.from_linear(net.up, "ia3")
+    with pytest.raises(UnsupportedLayer, match="without adapters, got a AdapterLinear at 'up'"):
+        change(net)
+    assert type(net.up.base_layer) is type(net.down) is nn.Linear

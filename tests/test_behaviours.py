@@ -1,11 +1,11 @@
-"""Accelerated models do what stock PEFT does: every behaviour × {dense, NF4} × {LoRA, DoRA}."""
+"""Accelerated models do what stock PEFT does: every behaviour × {dense, NF4} × its methods."""
 
 import copy
 import importlib
 
 import pytest
-from behaviours import BEHAVIOURS, METHODS, Run, assert_same, go_through
-from peft_models import KINDS, lora_layers
+from behaviours import BEHAVIOURS, Run, assert_same, go_through
+from peft_models import KINDS, adapted_layers
 
 from peft_fast import accelerate, restore
 from peft_fast.peft_layers import STOCK
@@ -24,9 +24,9 @@ pytestmark = [
     ("name", "kind", "method"),
     [
         pytest.param(name, kind, method, id=f"{name}-{kind}-{method}")
-        for name in BEHAVIOURS
+        for name, behaviour in BEHAVIOURS.items()
         for kind in KINDS
-        for method in METHODS
+        for method in behaviour.methods
     ],
 )
 def test_as_stock_peft(name, kind, method):
@@ -34,7 +34,7 @@ def test_as_stock_peft(name, kind, method):
     stock = behaviour.build(kind, method)
     fast = copy.deepcopy(stock)
     report = accelerate(fast)
-    assert {type(layer) for layer in lora_layers(stock)}.isdisjoint(STOCK)
+    assert {type(layer) for layer in adapted_layers(stock)}.isdisjoint(STOCK)
     if behaviour.left is None:
         assert not report.left, report
     else:

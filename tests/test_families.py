@@ -5,7 +5,7 @@ import pytest
 from families import DOCUMENT, FAMILIES, METHODS, outcome, parts, table
 from peft_models import KINDS
 
-from peft_fast import peft_layers
+from peft_fast import peft_lora
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -31,12 +31,12 @@ def test_three_steps_equal_pefts(name, kind, method):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_wrong_scaling_is_noticed(kind, monkeypatch):
-    fused = peft_layers.fused_lora_forward
+    fused = peft_lora.fused_lora_forward
 
     def wrong(*args, scaling, **kwargs):
         return fused(*args, scaling=1.01 * scaling, **kwargs)
 
-    monkeypatch.setattr(peft_layers, "fused_lora_forward", wrong)
+    monkeypatch.setattr(peft_lora, "fused_lora_forward", wrong)
     result = outcome.__wrapped__("Llama", kind, "lora")
     assert result.update > 3 * families.UPDATE_BOUND
     assert not result.equal

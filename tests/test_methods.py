@@ -180,6 +180,15 @@ def test_shared_factors_are_one_in_memory_and_in_copies(method):
     torch.testing.assert_close(got, torch.autograd.grad(y.square().mean(), leaves))
 
 
+def test_kadaptations_rules_start_at_the_size_that_keeps_a_vectors():
+    """A [terms, n, n] with standard deviation 1/√n, so that A·v is as long as v."""
+    torch.manual_seed(0)
+    for n in (4, 16):
+        rules = SharedFactors("kadaptation", 64, 64, n=n, terms=256).kron_A
+        assert abs(rules.std().item() * n**0.5 - 1) < 0.05
+        assert abs(rules.mean().item()) < 0.02
+
+
 def test_s2lora_coefficients_below_the_threshold_are_out():
     layer = moved(AdapterLinear.from_linear(make_base("nf4"), "s2lora", r=4, threshold=0.2))
     with torch.no_grad():

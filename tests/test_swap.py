@@ -30,7 +30,16 @@ from peft_models import (
 )
 from torch import nn
 
-from peft_fast import BackendUnavailable, LoRALinear, UnsupportedLayer, accelerate, explain, restore
+from peft_fast import (
+    BackendUnavailable,
+    LoRALinear,
+    UnsupportedLayer,
+    accelerate,
+    explain,
+    restore,
+)
+from peft_fast.base_layers import FusedBase
+from peft_fast.peft_layers import METHODS
 
 STOCK_CLASS = {"dense": peft_lora.Linear, "nf4": peft_bnb.Linear4bit}
 
@@ -202,12 +211,21 @@ def test_a_trained_base_is_left():
 
 
 def test_layers_with_other_variants_alone_are_left(kind):
+    """A 4-bit base under one, which PEFT's forward calls, is fused for itself."""
     model = stock_net(kind, alora_invocation_tokens=[1])
     with pytest.warns(UserWarning, match="0 layers fused, 2 left as they were"):
+        report = accelerate(model, methods=METHODS)
+    reason = {"adapter 'default' is a LoRA variant, ALoraLinearVariant"}
+    assert {row.reason for row in report} == reason
+    if kind == "nf4":
         report = accelerate(model)
-    assert {row.reason for row in report} == {"adapter 'default' is a LoRA variant, ALoraLinearVariant"}
+        assert {row.reason for row in report.left} == reason
+        assert [row.detail for row in report.fused] == ["base on cpu"] * 2
     model.add_adapter("other", lora_config())
     assert [row.detail for row in accelerate(model)] == ["lora on cpu"] * 2
+    restore(model)
+    assert [type(layer) for layer in lora_layers(model)] == [STOCK_CLASS[kind]] * 2
+    assert not any(isinstance(module, FusedBase) for module in model.modules())
 
 
 def test_a_layer_with_its_own_forward_is_left():
@@ -243,8 +261,9 @@ def test_strict_changes_nothing_when_it_raises():
 
 def test_arguments_are_checked():
     model = stock_net("dense")
-    for methods in ((), "lora", ("lora", "vera"), ("LoRA",)):
-        with pytest.raises(ValueError, match=r"methods: expected a tuple of \('lora', 'dora', 'base'\), got"):
+    known = r"\('lora', 'dora', 'vera', 'ia3', 'base'\)"
+    for methods in ((), "lora", ("lora", "loha"), ("LoRA",)):
+        with pytest.raises(ValueError, match=f"methods: expected a tuple of {known}, got"):
             accelerate(model, methods=methods)
     with pytest.raises(ValueError, match="backend: expected 'auto' or one of"):
         accelerate(model, backend="cuda")
