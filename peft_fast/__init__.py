@@ -1,4 +1,4 @@
-"""Fast, exact, quantized parameter-efficient fine-tuning: fused adapters over frozen 4-bit weights.
+"""Fast, exact, quantized parameter-efficient fine-tuning: fused adapters over frozen packed weights.
 
 Importing this package needs neither a GPU nor Triton nor the compiled extension, and loads none of PEFT,
 transformers or bitsandbytes; names resolve on first use.
@@ -18,7 +18,9 @@ _HOME = {
     "QuantizedWeight": "formats",
     "from_bitsandbytes": "formats",
     "from_dense": "formats",
+    "AdapterConfig": "adapter_config",
     "AdapterLinear": "adapter_linear",
+    "AdapterModel": "adapter_model",
     "SharedFactors": "adapter_linear",
     "DoRALinear": "modules",
     "LoRALinear": "modules",
@@ -30,22 +32,29 @@ _HOME = {
     "LoReFTConfig": "reft",
     "LoReFTLinear": "reft",
     "ReftModel": "reft",
+    "get_adapter_model": "adapter_model",
     "get_reft_model": "reft",
+    "PackedLinear": "packed_linear",
     "PeftFastCallback": "callback",
     "accelerate": "swap",
     "convert": "conversion",
     "quantize": "quantization",
     "restore": "swap",
+    "initialize": "initialization",
+    "plain_lora": "initialization",
     "explain": "explanation",
 }
 __all__ = [
+    "AdapterConfig",
     "AdapterLinear",
+    "AdapterModel",
     "BackendUnavailable",
     "DoRALinear",
     "LoRALinear",
     "LoReFT",
     "LoReFTConfig",
     "LoReFTLinear",
+    "PackedLinear",
     "PeftFastCallback",
     "QuantizedWeight",
     "ReftModel",
@@ -59,22 +68,29 @@ __all__ = [
     "explain",
     "from_bitsandbytes",
     "from_dense",
+    "get_adapter_model",
     "get_reft_model",
+    "initialize",
     "lora_linear",
     "loreft",
+    "plain_lora",
     "quantize",
     "restore",
 ]
 
 if TYPE_CHECKING:
+    from .adapter_config import AdapterConfig
     from .adapter_linear import AdapterLinear, SharedFactors
+    from .adapter_model import AdapterModel, get_adapter_model
     from .callback import PeftFastCallback
     from .conversion import convert
     from .errors import BackendUnavailable, UnsupportedLayer, UnsupportedWeight
     from .explanation import explain
     from .formats import QuantizedWeight, from_bitsandbytes, from_dense
     from .functional import dequantize, dora_linear, lora_linear, loreft
+    from .initialization import initialize, plain_lora
     from .modules import DoRALinear, LoRALinear
+    from .packed_linear import PackedLinear
     from .quantization import quantize
     from .reft import LoReFT, LoReFTConfig, LoReFTLinear, ReftModel, get_reft_model
     from .swap import accelerate, restore

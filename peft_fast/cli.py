@@ -18,6 +18,7 @@ import typer
 
 from . import config
 from .errors import BackendUnavailable, UnsupportedLayer, UnsupportedWeight
+from .training_methods import default_text, methods_with
 
 USER_ERRORS = (BackendUnavailable, UnsupportedLayer, UnsupportedWeight, ValueError, TypeError, OSError)
 
@@ -26,6 +27,9 @@ SIZING = (
     "positions", "layers", "component", "share_weights", "checkpointing", "stock",
 )  # fmt: skip
 """The options of a job that its memory depends on."""
+
+NOT_COMPARED = ("method", "seed", "stock", "output", "resume", "overwrite")
+"""The options of a job that `compare` sets, or that would compare something else."""
 
 app = typer.Typer(
     help="Fast parameter-efficient fine-tuning on 4-bit weights.",
@@ -63,12 +67,29 @@ def _flag(name: str) -> inspect.Parameter:
     choices = field.metadata["choices"]
     option = typer.Option(
         f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
-        help=field.metadata["help"],
-        show_default=str(field.default) if field.default not in (None, False) else False,
+        help=field.metadata["help"] + _whose(name),
+        show_default=_default(name),
         metavar="|".join(choices) if choices and len(choices) > 1 else None,
     )
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, keyword, default=None, annotation=Annotated[kind | None, option])
+
+
+def _whose(name: str) -> str:
+    """Which methods have an option, or have it not, whichever is shorter; nothing where all have it."""
+    have = methods_with(name) or list(config.METHODS)
+    lack = [method for method in config.METHODS if method not in have]
+    if not lack:
+        return ""
+    return f" ({', '.join(have)})" if len(have) <= len(lack) else f" (not {', '.join(lack)})"
+
+
+def _default(name: str) -> str | bool:
+    """What the help says of the default of an option; False for nothing."""
+    if name in config.SPECIFIC:
+        return default_text(name)
+    default = config.OPTIONS[name].default
+    return str(default) if default not in (None, False) else False
 
 
 @app.command()
@@ -90,6 +111,34 @@ def train(
     from .train import train
 
     train(options)
+
+
+@app.command()
+@_with_options(name for name in config.OPTIONS if name not in NOT_COMPARED)
+def compare(
+    methods: Annotated[str, typer.Option(help="Names of methods with commas, or all.")] = "all",
+    seeds: Annotated[str, typer.Option(help="Seeds with commas.")] = "0,1,2",
+    output: Annotated[
+        Path, typer.Option(help="Folder of the runs and the table; finished runs in it are kept.")
+    ] = Path("runs/compare"),
+    **flags: Any,
+) -> None:
+    """Train the same job with several methods, one process each, and write one table and plot.
+
+    An option that only some methods have goes to those. Each run is evaluated once, at its end.
+    """
+    from .compare import compare, jobs
+
+    names = list(config.METHODS) if methods == "all" else [name.strip() for name in methods.split(",")]
+    given = {name: value for name, value in flags.items() if value is not None}
+    compare(jobs(names, _integers("seeds", seeds), output, given), output)
+
+
+def _integers(name: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name}: expected numbers with commas, as in 0,1,2, got {text!r}") from None
 
 
 def _prepare_libraries() -> None:

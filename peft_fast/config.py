@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-METHODS = ("lora", "dora", "loreft")
-WEIGHT_METHODS = ("lora", "dora")
-LEARNING_RATES = {"lora": 1e-3, "dora": 1e-3, "loreft": 3e-3}
-"""The default for each method. The default job learns slower with LoReFT at 2e-3, and nothing at 1e-2."""
+from .training_methods import TRAINING_METHODS, methods_with
+
+METHODS = tuple(TRAINING_METHODS)
 
 
 def option(
@@ -27,16 +26,18 @@ def option(
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
-    methods: tuple[str, ...] = METHODS,
 ) -> Any:
-    """A dataclass field with its help text, its range, and the methods that have it."""
+    """A dataclass field with its help text and its range."""
     rules = {"help": help, "choices": choices, "minimum": minimum, "above": above, "maximum": maximum}
-    return dataclasses.field(default=default, metadata={**rules, "methods": methods})
+    return dataclasses.field(default=default, metadata=rules)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Every option of `peft-fast train`; the defaults are the default job.
+
+    An option that not every method has is None in a job without it, and the method's default comes from
+    `training_methods.TRAINING_METHODS`.
 
     Raises:
         TypeError, ValueError: an option has the wrong type or is out of range; the message names it, what was
@@ -66,57 +67,49 @@ class TrainConfig:
         "Dtype of the frozen model; bf16 and fp16 train in autocast.",
         choices=("fp32", "bf16", "fp16"),
     )
-    method: str = option("lora", "Adapter to train.", choices=METHODS)
-    r: int = option(8, "Rank of the adapter.", minimum=1)
-    alpha: float = option(
-        16.0, "The adapter's output is scaled by alpha / r (not loreft).", above=0, methods=WEIGHT_METHODS
+    method: str = option("lora", "What to train.", choices=METHODS)
+    r: int | None = option(None, "Rank, or width, of the adapter.", minimum=1)
+    alpha: float | None = option(None, "The adapter's output is scaled by alpha / r.", above=0)
+    rslora: bool | None = option(None, "Scale by alpha / sqrt(r) instead.")
+    dropout: float | None = option(
+        None, "Dropout on the adapter's input; in loreft on what it adds.", minimum=0, maximum=1
     )
-    dropout: float = option(
-        0.0, "Dropout on the adapter's input; in loreft on what it adds.", minimum=0, maximum=1
+    target_modules: str | None = option(
+        None, "Layers to adapt: all-linear, or the ends of their names, separated by commas."
     )
-    target_modules: str = option(
-        "all-linear",
-        "Layers to adapt: all-linear, or the ends of their names, separated by commas (not loreft).",
-        methods=WEIGHT_METHODS,
+    init: str | None = option(
+        None,
+        "How the adapter starts: lora as PEFT does, or from the main directions of the weights (pissa, "
+        "olora); loreft as pyreft does, or as the identity.",
+        choices=("default", "pissa", "olora", "pyreft", "identity"),
     )
-    positions: str = option(
-        "f7+l7",
-        "Tokens to edit: f7+l7 the first and the last 7, f7, l7, or all (loreft).",
-        methods=("loreft",),
+    lora_plus_ratio: float | None = option(
+        None, "Learning rate of lora_B over that of the rest, as in LoRA+.", above=0
     )
-    layers: str = option(
-        "all", "Blocks to edit: all, or indices, separated by commas (loreft).", methods=("loreft",)
+    act: str | None = option(None, "Activation of the bottleneck.", choices=("relu", "gelu", "tanh", "silu"))
+    virtual_tokens: int | None = option(None, "Tokens that are put in front.", minimum=1)
+    positions: str | None = option(None, "Tokens to edit: f7+l7 the first and the last 7, f7, l7, or all.")
+    layers: str | None = option(
+        None,
+        "Blocks: loreft edits all, or those with these indices, separated by commas; freeze trains as many "
+        "as this number at the end.",
     )
-    component: str = option(
-        "block_output",
-        "What to edit: block_output, or a linear layer of each block by the end of its name (loreft).",
-        methods=("loreft",),
+    component: str | None = option(
+        None, "What to edit: block_output, or a linear layer of each block by the end of its name."
     )
-    share_weights: bool = option(
-        True, "One edit for the first and the last tokens, instead of two (loreft).", methods=("loreft",)
-    )
-    init: str = option(
-        "pyreft",
-        "How edits start: as pyreft's, or as the identity (loreft).",
-        choices=("pyreft", "identity"),
-        methods=("loreft",),
-    )
+    share_weights: bool | None = option(None, "One edit for the first and the last tokens, instead of two.")
     backend: str = option("auto", "Kernels to run: auto, or a name that `peft-fast info` lists.")
     checkpointing: bool = option(False, "Run each block again in the backward pass.")
     stock: bool = option(
         False,
         "Train with PEFT's and bitsandbytes' own layers, for comparison; loreft keeps its edits, which "
-        "neither has.",
+        "neither has. Not for methods that are this library's alone.",
     )
 
     steps: int | None = option(None, "Optimizer steps; counted from --epochs when not given.", minimum=1)
     epochs: float = option(1.0, "Passes over the training data.", above=0)
     batch_size: int = option(32, "Examples in each training step.", minimum=1)
-    lr: float | None = option(
-        None,
-        "Peak learning rate of AdamW, by default 1e-3, and 3e-3 for loreft; falls linearly to zero.",
-        above=0,
-    )
+    lr: float | None = option(None, "Peak learning rate of AdamW; falls linearly to zero.", above=0)
     warmup: float = option(0.06, "Fraction of the steps in which the rate rises.", minimum=0, maximum=1)
     weight_decay: float = option(0.0, "Weight decay of AdamW.", minimum=0)
     seed: int = option(0, "Seed of the weights, the order of the data and dropout.", minimum=0)
@@ -134,12 +127,17 @@ class TrainConfig:
             value = _typed(name, kind, getattr(self, name))
             object.__setattr__(self, name, value)
             _check_range(name, value, type(self).__dataclass_fields__[name].metadata)
-        if self.lr is None:
-            object.__setattr__(self, "lr", LEARNING_RATES[self.method])
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if self.method not in field.metadata["methods"] and value != field.default:
-                raise ValueError(f"{field.name}: expected none for method {self.method!r}, got {value!r}")
+        row = TRAINING_METHODS[self.method]
+        for name in SPECIFIC:
+            value = getattr(self, name)
+            if value is None:
+                object.__setattr__(self, name, row.options.get(name))
+            elif name not in row.options:
+                raise ValueError(f"{name}: expected none for method {self.method!r}, got {value!r}")
+            elif name in row.choices:
+                _check_range(name, value, {**_NO_RULES, "choices": row.choices[name]})
+        if self.stock and not row.stock:
+            raise ValueError(f"stock: expected none for method {self.method!r}, which PEFT lacks, got True")
         needs_data = self.task != "docstring-swap"
         if needs_data and self.data is None:
             raise ValueError(f"data: expected a file for task {self.task!r}, got None")
@@ -151,6 +149,11 @@ class TrainConfig:
             raise ValueError(
                 "model: expected a folder with a causal language model for task 'causal-lm', got None"
             )
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The options of the method, of those that not every method has."""
+        return {name: getattr(self, name) for name in TRAINING_METHODS[self.method].options}
 
     @property
     def folder(self) -> Path:
@@ -165,6 +168,8 @@ class TrainConfig:
 
 
 OPTIONS: dict[str, dataclasses.Field[Any]] = {f.name: f for f in dataclasses.fields(TrainConfig)}
+SPECIFIC = tuple(name for name in OPTIONS if methods_with(name))
+"""The options that not every method has, or whose default is the method's."""
 NOT_OF_THE_RUN = ("resume", "overwrite", "output")
 """Options that say how to start, not what to compute; a resumed run may differ in them."""
 
@@ -178,12 +183,13 @@ def load(path: str | Path) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        values, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
         raise ValueError(
             f"config: expected a readable YAML file, got {str(path)!r} ({error.strerror})"
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(
             f"config: expected YAML in {str(path)!r}, got {' '.join(str(error).split())}"
         ) from error
@@ -193,6 +199,10 @@ def load(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"config: expected a mapping of options in {str(path)!r}, got {type(values).__name__}"
         )
+    assert isinstance(node, yaml.MappingNode)
+    names = [str(key.value).replace("-", "_") for key, _ in node.value]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"config: expected each option once in {str(path)!r}, got {twice} more than once")
     options = {str(key).replace("-", "_"): value for key, value in values.items()}
     if unknown := sorted(set(options) - set(OPTIONS)):
         raise ValueError(f"config: expected options among {sorted(OPTIONS)}, got {unknown} in {str(path)!r}")
@@ -200,9 +210,13 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def save(config: TrainConfig, path: Path) -> None:
+    """Writes a file that is either the old one or the whole new one."""
     import yaml
 
-    path.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False), encoding="utf-8")
+    from .files import replace_file
+
+    text = yaml.safe_dump(config.as_dict(), sort_keys=False)
+    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def resolve(flags: Mapping[str, Any], file: str | Path | None = None) -> TrainConfig:
@@ -222,6 +236,8 @@ def resolve(flags: Mapping[str, Any], file: str | Path | None = None) -> TrainCo
             f"resume: expected a run in {str(saved_path.parent)!r}, got no {saved_path.name} there"
         )
     saved = {name: value for name, value in load(saved_path).items() if name not in NOT_OF_THE_RUN}
+    if not saved:
+        raise ValueError(f"resume: expected the options of a run in {str(saved_path)!r}, got none")
     config = TrainConfig(**{**saved, **given})
     for name, value in saved.items():
         if getattr(config, name) != value:
@@ -253,6 +269,9 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
     elif expected is str and isinstance(value, Path):
         return str(value)
     raise TypeError(f"{name}: expected {expected.__name__}, got {value!r}")
+
+
+_NO_RULES = dict.fromkeys(("choices", "minimum", "above", "maximum"))
 
 
 def _check_range(name: str, value: Any, rules: Mapping[str, Any]) -> None:

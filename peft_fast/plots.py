@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .compare import Row
 
 
 def canvas(count: int, columns: int, *, size: tuple[float, float]) -> tuple[Any, list[Any]]:
@@ -41,4 +45,28 @@ def plot_curves(metrics: dict[str, Any], path: Path) -> None:
         axes[1].plot(steps, [e["accuracy"] for e in evaluations], "o-", color="C2")
         axes[1].set(xlabel="step", ylabel="evaluation accuracy")
         axes[1].grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def plot_comparison(rows: Sequence[Row], path: Path) -> None:
+    """Accuracy (or the evaluation loss) over trained parameters; time of a step and peak memory, as a PNG."""
+    figure, axes = canvas(3, 3, size=(5, 4))
+    accurate = all(row.accuracy is not None for row in rows)
+    for i, row in enumerate(rows):
+        y = row.accuracy if accurate else row.eval_loss
+        x, spread = row.trained_parameters, row.accuracy_spread
+        axes[0].errorbar(x, y, yerr=spread, fmt="o", color=f"C{i}", capsize=3)
+        axes[0].annotate(row.method, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes[0].set(xscale="log", xlabel="trained parameters")
+    axes[0].set_ylabel("evaluation accuracy" if accurate else "evaluation loss")
+    axes[0].grid(alpha=0.3)
+    names, places = [row.method for row in rows], range(len(rows))
+    colours = [f"C{i}" for i in places]
+    axes[1].barh(places, [row.ms_per_step for row in rows], color=colours)
+    axes[1].set_xlabel("milliseconds a step")
+    axes[2].barh(places, [(row.peak_memory or 0) / 2**20 for row in rows], color=colours)
+    axes[2].set_xlabel("peak memory of the process, MiB")
+    for bars in axes[1:]:
+        bars.set_yticks(places, names)
+        bars.invert_yaxis()
     figure.savefig(path, dpi=120)

@@ -4,8 +4,9 @@ A run is a folder:
 
     config.yaml     its options (what --resume reads)
     checkpoints/    adapter, optimizer, schedule and random states, every --save-every steps; the last two
-    adapter/        the trained adapter with the tokenizer, in PEFT's format; for LoReFT, edits as
-                    `ReftModel.from_pretrained` reads them, and the head as `base_models.load_head` does
+    adapter/        the trained adapter with the tokenizer, in PEFT's format; what PEFT lacks, as
+                    `AdapterModel.from_pretrained` or `ReftModel.from_pretrained` reads it, the latter
+                    with the head as `base_models.load_head` does
     metrics.json    what was run, where, how long, and how well
     curves.png      loss and accuracy over the steps
 """
@@ -19,6 +20,7 @@ import shutil
 import statistics
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,16 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, se
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
-from . import backends, base_models, tasks
+from . import backends, base_models, initialization, tasks
 from . import config as options
+from .adapter_config import AdapterConfig
 from .config import TrainConfig
 from .errors import UnsupportedLayer
+from .files import replace_file
+from .formats import from_linear
 from .info import cpu_name, versions
-from .reft import ReftModel
+from .initialization import Factors
+from .reft import LoReFTConfig, ReftModel
 from .trainer import COMPLETE, AdapterTrainer, ProgressReport, accuracy, length
 
 
@@ -63,15 +69,19 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         checkpoint = _prepare_folder(config, console, writes=arguments.should_save)
 
     set_seed(config.seed)
-    base = base_models.load_base(config, folder, task.label_names, arguments.device)
+    initial: dict[str, Factors] = {}
+    dense = (adapter.modules_to_save or ()) if isinstance(adapter, AdapterConfig) else ()
+    base = base_models.load_base(config, folder, task.label_names, arguments.device, dense)
     if task.label_names is not None:
         base.config.pad_token_id = tokenizer.pad_token_id
-    if config.method == "loreft":  # an edited linear layer is fused before its class is that of an edit
+    if isinstance(adapter, AdapterConfig | LoReFTConfig):  # they go around layers that are fused already
         layers = _make_fast(config, base, console)
         model = base_models.add_adapter(adapter, base)
-        layers["edits"] = _edits(config, model, arguments.device)
+        layers |= _adapted(config, model, arguments.device)
     else:
         model = base_models.add_adapter(adapter, base)
+        if config.init in initialization.METHODS:
+            initial = initialization.initialize(model, config.init)
         layers = _make_fast(config, model, console)
 
     progress = ProgressReport(arguments.max_steps, console, checkpoint)
@@ -82,6 +92,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         eval_dataset=sorted(task.eval, key=length),
         data_collator=DataCollatorWithPadding(tokenizer) if tokenizer.pad_token_id is not None else None,
         compute_metrics=accuracy if task.label_names is not None else None,
+        lora_plus_ratio=config.lora_plus_ratio,
         callbacks=[progress],
     )
     trainer.remove_callback(PrinterCallback)
@@ -99,13 +110,21 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         "examples": {"train": len(task.train), "eval": len(task.eval)},
     }
     if arguments.should_save:
-        model.save_pretrained(config.folder / "adapter")
-        if isinstance(model, ReftModel):
-            base_models.save_head(model, config.folder / "adapter")
+        metrics["adapter_bytes"] = _save(model, initial, config.folder / "adapter")
         tokenizer.save_pretrained(config.folder / "adapter")
         _write(config.folder, metrics)
     _summarize(metrics, config, console)
     return metrics
+
+
+def _save(model: Any, initial: Mapping[str, Factors], folder: Path) -> int:
+    """Writes the adapter; returns the bytes of its tensors' files."""
+    model.save_pretrained(folder)
+    if isinstance(model, ReftModel):
+        base_models.save_head(model, folder)
+    if initial:
+        base_models.make_plain(folder, initialization.plain_lora(model, initial))
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 # ------------------------------------------------------------------------------------------- preparation
@@ -141,7 +160,8 @@ def _prepare_folder(config: TrainConfig, console: Console, *, writes: bool) -> P
             f"output: expected a folder without an unfinished run, got {str(folder)!r} "
             "(--resume continues it, --overwrite starts again)"
         )
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    for old in (checkpoints, folder / "adapter"):
+        shutil.rmtree(old, ignore_errors=True)
     (folder / "metrics.json").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     options.save(config, folder / "config.yaml")
@@ -192,7 +212,7 @@ def _training_arguments(
 def _make_fast(config: TrainConfig, model: Any, console: Console) -> dict[str, Any]:
     """Swaps in the fused layers, unless --stock, and returns how many layers run on what.
 
-    Without quantization, LoReFT has no layer to swap: those without an adapter are PyTorch's own.
+    Without quantization, some methods have no layer to swap: those without an adapter are PyTorch's own.
 
     Raises:
         UnsupportedLayer: no layer can be fused; the message says why.
@@ -208,14 +228,14 @@ def _make_fast(config: TrainConfig, model: Any, console: Console) -> dict[str, A
             console.print(
                 f"Stock: the edits{edited} are this library's; neither PEFT nor bitsandbytes has any."
             )
-    if config.stock or (config.method == "loreft" and config.quant == "none"):
         return {"fused": 0, "backends": {}, "left": {}}
     from .swap import accelerate
 
-    method = "base" if config.method == "loreft" else config.method
-    report = accelerate(model, methods=(method,), backend=config.backend)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="accelerate: ")  # said below
+        report = accelerate(model, backend=config.backend)
     left = {row.name: row.reason for row in report.left}
-    if not report.fused:
+    if left and not report.fused:
         reasons = "; ".join(sorted({str(reason) for reason in left.values()}))
         raise UnsupportedLayer(
             f"model: expected at least one layer to fuse, got none ({reasons}); see --stock"
@@ -229,10 +249,18 @@ def _make_fast(config: TrainConfig, model: Any, console: Console) -> dict[str, A
     }
 
 
-def _edits(config: TrainConfig, model: ReftModel, device: torch.device) -> dict[str, int]:
-    """How many edits run on which backend."""
+def _adapted(config: TrainConfig, model: Any, device: torch.device) -> dict[str, dict[str, int]]:
+    """How many edits, or layers with an adapter, run on which backend."""
     dtype = base_models.DTYPES[config.dtype]
-    return {backends.resolve("loreft", "dense", device.type, dtype, config.backend): len(model.edits)}
+    if isinstance(model, ReftModel):
+        return {
+            "edits": {
+                backends.resolve("loreft", "dense", device.type, dtype, config.backend): len(model.edits)
+            }
+        }
+    formats = (from_linear(layer.base_layer).format for layer in model.adapters.values())
+    names = (backends.resolve("lora_linear", f, device.type, dtype, config.backend) for f in formats)
+    return {"adapters": dict(collections.Counter(names))}
 
 
 # --------------------------------------------------------------------------------------------- reporting
@@ -255,6 +283,7 @@ def _metrics(config: TrainConfig, model: Any, trainer: Trainer, progress: Progre
         "steps": trainer.state.global_step,
         "ms_per_step": 1000 * statistics.median(progress.step_seconds),
         "step_seconds": progress.step_seconds,
+        "peak_memory": _peak_memory(trainer.args.device),
         "trainable_parameters": trainable,
         "total_parameters": total,
         "device": str(trainer.args.device),
@@ -268,18 +297,29 @@ def _metrics(config: TrainConfig, model: Any, trainer: Trainer, progress: Progre
     }
 
 
+def _peak_memory(device: torch.device) -> int | None:
+    """The most bytes that this process has held, of a GPU's memory or the CPU's; None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+
+
 def _write(folder: Path, metrics: dict[str, Any]) -> None:
     from .plots import plot_curves
 
     plot_curves(metrics, folder / "curves.png")
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(metrics, indent=1) + "\n"
+    replace_file(folder / "metrics.json", lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _summarize(metrics: dict[str, Any], config: TrainConfig, console: Console) -> None:
     layers = metrics["layers"]
     parts = ["stock"] if config.stock else []
     parts += [f"{count} layers on {backend}" for backend, count in layers["backends"].items()]
-    parts += [f"{count} edits on {backend}" for backend, count in layers.get("edits", {}).items()]
+    for kind in ("edits", "adapters"):
+        parts += [f"{count} {kind} on {backend}" for backend, count in layers.get(kind, {}).items()]
     title = f"{config.task}: {config.method} on {config.quant}, {', '.join(parts)}"
     table = Table(show_header=False, title=title)
     if metrics["accuracy"] is not None:

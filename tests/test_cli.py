@@ -57,6 +57,54 @@ def test_flags_of_loreft(monkeypatch, capsys, trained):
     assert trained == [config.TrainConfig(method="loreft", share_weights=False, **options)]
 
 
+def test_flags_of_lora(monkeypatch, capsys, trained):
+    flags = ("--lora-plus-ratio", "16", "--rslora", "--init", "pissa", "--r", "4")
+    assert call(monkeypatch, capsys, "train", *flags)[0] == 0
+    assert trained == [config.TrainConfig(lora_plus_ratio=16, rslora=True, init="pissa", r=4)]
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """What `compare` was called with; nothing is run."""
+    from peft_fast import compare
+
+    calls = []
+    monkeypatch.setattr(compare, "compare", lambda todo, output: calls.append((todo, output)))
+    return calls
+
+
+def test_compare_makes_a_job_of_every_method_and_seed(monkeypatch, capsys, compared, tmp_path):
+    flags = ("--seeds", "3,5", "--steps", "100", "--r", "4", "--output", tmp_path)
+    assert call(monkeypatch, capsys, "compare", "--methods", "lora, ssf", *flags)[0] == 0
+    todo, output = compared.pop()
+    assert output == tmp_path
+    assert [(job.method, job.seed, job.r, job.folder.name) for job in todo] == [
+        ("lora", 3, 4, "lora-seed3"),
+        ("lora", 5, 4, "lora-seed5"),
+        ("ssf", 3, None, "ssf-seed3"),
+        ("ssf", 5, None, "ssf-seed5"),
+    ]
+    assert {job.steps for job in todo} == {100}
+    assert call(monkeypatch, capsys, "compare")[0] == 0
+    todo, _ = compared.pop()
+    assert [job.method for job in todo] == [m for m in config.METHODS for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--seeds", "1,x"), "seeds: expected numbers with commas, as in 0,1,2, got '1,x'"),
+        (("--seeds", "1,1"), "seeds: expected different ones, at least one, got [1, 1]"),
+        (("--methods", "lora,galore"), "method: expected one of lora, "),
+        (("--methods", "ssf,ia3", "--r", "4"), "r: expected an option of one of ['ssf', 'ia3'], got one of"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(monkeypatch, capsys, compared, flags, message):
+    code, _, err = call(monkeypatch, capsys, "compare", *flags)
+    assert (code, compared) == (2, [])
+    assert message in err
+
+
 def test_every_option_is_a_flag_with_help(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = call(monkeypatch, capsys, "train", "--help")
@@ -70,7 +118,7 @@ def test_every_option_is_a_flag_with_help(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (("--r", "0"), "peft-fast: r: expected at least 1, got 0\n"),
-        (("--method", "vera"), "peft-fast: method: expected one of lora, dora, loreft, got 'vera'\n"),
+        (("--method", "galore"), "peft-fast: method: expected one of lora, dora, loreft, adapter-parallel, "),
         (("--positions", "all"), "peft-fast: positions: expected none for method 'lora', got 'all'\n"),
         (("--quant", "int3"), "peft-fast: quant: expected one of nf4, fp4, none, got 'int3'\n"),
         (

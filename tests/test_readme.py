@@ -1,11 +1,15 @@
-"""The README's Python examples run as they stand."""
+"""The Python examples of the README and of docs/methods.md run as they stand."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+METHODS = re.findall(
+    r"^```python\n(.*?)^```", (ROOT / "docs" / "methods.md").read_text(), re.DOTALL | re.MULTILINE
+)
 EXAMPLES = re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
@@ -23,3 +27,9 @@ def test_every_example_is_found():
 def test_example_runs(title, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, title, "exec"), {})
+
+
+@pytest.mark.parametrize("code", METHODS, ids=["layers", "a model"])
+def test_example_of_the_methods_runs(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/methods.md", "exec"), {})

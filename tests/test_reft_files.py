@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import pytest
 import torch
@@ -226,14 +227,14 @@ def test_files_that_do_not_fit_change_nothing(tmp_path, spoiled):
 def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch, failing):
     reft_llama().save_pretrained(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    replace = files.os.replace
+    replace = os.replace
 
     def full_disk(part, file):
         if file.name == failing:
             raise OSError("no space left")
         replace(part, file)
 
-    monkeypatch.setattr(files.os, "replace", full_disk)
+    monkeypatch.setattr(os, "replace", full_disk)
     torch.manual_seed(5)
     with pytest.raises(OSError, match="no space left"):
         reft_llama().save_pretrained(tmp_path)

@@ -136,15 +136,17 @@ def edited_linear(
 ) -> Tensor:
     """The output of `base`, whatever its own forward, with rows edited by a strategy of `LoReFTLinear`."""
     backend = vars(base).get("backend", edit.backend)  # of a base that `accelerate` has swapped
+    invariant = backend == "cpu-batch-invariant"  # neither the choice nor the GEMM may depend on the batch
     if strategy == "auto":
         N, K = base.out_features, base.in_features
         pays = N > K and x.numel() >= FOLD_FROM * K and x.device.type == "cpu"
         apart = is_fsdp_unit(edit) or is_fsdp_unit(edit.basis)
-        strategy = "fold" if pays and rows is None and not apart and foldable(edit) else "project"
+        folds = pays and rows is None and not apart and not invariant and foldable(edit)
+        strategy = "fold" if folds else "project"
     if strategy == "fold":
         lora_A, lora_B, increment = _folded(base, edit, edit.rows() if basis is None else basis, x.dtype)
         return fused_lora_forward(base, x, lora_A, lora_B, scaling=1.0, lora_bias=increment, backend=backend)
-    if is_linear4bit(base):
+    if is_linear4bit(base) or invariant:
         h = fused_base_forward(base, x, backend)
     else:
         h = F.linear(x, base.weight, base.bias)

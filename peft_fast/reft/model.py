@@ -17,21 +17,20 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedLayer
 from ..modules import allow_repacking, protect_from_repacking
+from ..swapped import check_swappable, subclass
+from ..tuned_model import TunedModel
 from .blocks import (
     BlockInputs,
     Generation,
     Plan,
     ReftBlock,
-    Swapped,
     attach,
     batched_bases,
-    check_swappable,
     current,
     detach,
     find_blocks,
     find_component,
     holder,
-    subclass,
 )
 from .config import BLOCK_OUTPUT, LoReFTConfig
 from .edit import LoReFT
@@ -64,6 +63,10 @@ def get_reft_model(model: nn.Module, config: LoReFTConfig) -> ReftModel:
         UnsupportedLayer: the model cannot be edited; it is left as it was.
         ValueError: an option of config does not fit the model, which is left as it was.
     """
+    if not isinstance(config, LoReFTConfig):
+        raise TypeError(f"config: expected a LoReFTConfig, got {type(config).__name__}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, got {type(model).__name__}")
     if any(isinstance(module, ReftModel | ReftBlock) for module in model.modules()):
         raise UnsupportedLayer("model: expected one without edits, got one that has some; see unload()")
     _check_model(model)
@@ -116,15 +119,12 @@ class Targets(NamedTuple):
     protected: tuple[str, ...]  # the layers that `unload` lets bitsandbytes repack again
 
 
-class ReftModel(Swapped, nn.Module):
+class ReftModel(TunedModel):
     """Mixin: a model with edits, made by `get_reft_model` or `ReftModel.from_pretrained`."""
 
     reft_config: LoReFTConfig
     reft_targets: Targets
     _generates: bool
-
-    # What transformers' Trainer asks for before it trains over a quantized base: that there are adapters.
-    _hf_peft_config_loaded = True
 
     @property
     def reft_blocks(self) -> dict[int, Any]:
@@ -155,42 +155,10 @@ class ReftModel(Swapped, nn.Module):
         del self.reft_config, self.reft_targets
         return self
 
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) parameters, two for each byte of a 4-bit weight."""
-        trainable = total = 0
-        for parameter in self.parameters():
-            packed = getattr(parameter, "quant_state", None) is not None
-            count = parameter.numel() * (2 * parameter.element_size() if packed else 1)
-            total += count
-            trainable += count if parameter.requires_grad else 0
-        return trainable, total
-
-    def print_trainable_parameters(self) -> None:
-        """Prints both counts and their ratio, in PEFT's words."""
-        trainable, total = self.get_nb_trainable_parameters()
-        share = 100 * trainable / total
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
-
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        *,
-        state_dict: dict[str, Tensor] | None = None,
-        is_main_process: bool = True,
-        max_shard_size: int | str | None = None,
-    ) -> None:
-        """Writes the edits alone, and their config; see `files`.
-
-        Args:
-            save_directory: made if it is missing.
-            state_dict: of the whole model, to take the edits from, where its parameters are sharded.
-            is_main_process: whether this process writes.
-            max_shard_size: of no meaning for one small file; transformers' push_to_hub passes it.
-        """
+    def _write(self, directory: Path, state_dict: dict[str, Tensor] | None) -> None:
         from .files import save
 
-        if is_main_process:
-            save(self, Path(save_directory), state_dict)
+        save(self, directory, state_dict)
 
     @classmethod
     def from_pretrained(cls, base_model: nn.Module, directory: str | Path) -> ReftModel:

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedWeight
+from ..files import replace_file
 from ..orthonormal import OrthonormalRows, dense_base
 from .config import BLOCK_OUTPUT, VARIANTS, LoReFTConfig
 from .edit import LoReFT
-from .files import build, replace_file
+from .files import build
 
 if TYPE_CHECKING:
     from .model import ReftModel

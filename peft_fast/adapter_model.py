@@ -1,0 +1,310 @@
+"""Adapters on the linear layers of a model: `get_adapter_model(model, config)`, undone by `model.unload()`.
+
+The model stays the object it was, and its class becomes a subclass of the same name. Each target is replaced
+by an `AdapterLinear` around it, so the base is in the state dict as `<layer>.base_layer.*`.
+
+On disk: `adapter_config.json`, and `adapter_model.safetensors` with what was added or is trained, under its
+state-dict keys; factors that layers share are there once, under the first layer's. Files are replaced whole.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .adapter_config import ALL_LINEAR, AdapterConfig
+from .adapter_linear import AdapterLinear, SharedFactors
+from .base_models import heads
+from .errors import UnsupportedLayer
+from .files import (
+    WEIGHTS,
+    check_tensors,
+    copy_tensors,
+    from_state_dict,
+    read_config,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from .formats import from_linear, is_conv1d
+from .fused_layer import observed
+from .methods import METHODS, resolve_options
+from .modules import allow_repacking, check_base, is_linear4bit, protect_from_repacking
+from .packed_linear import PackedLinear
+from .quantization import OUTPUT_LAYERS, check_unadapted, is_within
+from .swap import reader_reason
+from .swapped import subclass
+from .tuned_model import TunedModel, build
+
+CONFIG = "adapter_config.json"
+
+
+def get_adapter_model(model: nn.Module, config: AdapterConfig) -> AdapterModel:
+    """Puts adapters on linear layers of `model`, in place, and freezes all else but `modules_to_save`.
+
+    Targets are `nn.Linear`, transformers' `Conv1D` and bitsandbytes' `Linear4bit`, fused or not. Where the
+    method shares factors, all layers share one `SharedFactors`. bitsandbytes is kept from repacking 4-bit
+    weights of `model` in place, as in `accelerate`.
+
+    Returns:
+        `model`.
+
+    Raises:
+        UnsupportedLayer, UnsupportedWeight: the model, or a layer of it, cannot be adapted.
+        ValueError: an option of config does not fit the model.
+        In each case the model is left as it was.
+    """
+    check_unadapted(model)
+    if any(isinstance(module, TunedModel | AdapterLinear) for module in model.modules()):
+        raise UnsupportedLayer("model: expected one without adapters, got one that has some; see unload()")
+    saved = _saved(model, config)
+    targets = _targets(model, config, saved) if config.method is not None else []
+    if not targets and not saved:
+        raise UnsupportedLayer("model: expected something to train, got no target and no modules_to_save")
+    layers: list[Any] = [model.get_submodule(name) for name in targets]
+    for name, layer in zip(targets, layers, strict=True):
+        _check_layer(name, layer, config)
+    shared = _shared(layers, config)
+
+    whole: list[Any] = [model.get_submodule(name) for name in saved]
+    originals = [{key: tensor.clone() for key, tensor in module.state_dict().items()} for module in whole]
+    model.requires_grad_(False)
+    protected = tuple(name for name, module in model.named_modules() if protect_from_repacking(module))
+    for name, layer in zip(targets, layers, strict=True):
+        adapted = AdapterLinear(
+            layer, config.method or "", shared, config.adapter_dtype, config.backend, config.options
+        )
+        _set(model, name, adapted.train(layer.training))
+    for module in whole:
+        module.requires_grad_(True)
+    made: Any = model
+    made.adapter_config = config
+    made.adapter_targets = Targets(tuple(targets), saved, originals, protected)
+    made.__class__ = model_class(made.__class__)
+    return made
+
+
+class Targets(NamedTuple):
+    """What was done to a model, by the names of its modules."""
+
+    layers: tuple[str, ...]
+    saved: tuple[str, ...]
+    originals: list[dict[str, Tensor]]  # of each saved module, as `unload` leaves it
+    protected: tuple[str, ...]  # the layers that `unload` lets bitsandbytes repack again
+
+
+class AdapterModel(TunedModel):
+    """Mixin: a model with adapters, made by `get_adapter_model` or `AdapterModel.from_pretrained`."""
+
+    adapter_config: AdapterConfig
+    adapter_targets: Targets
+
+    @property
+    def adapters(self) -> dict[str, AdapterLinear]:
+        """Every adapted layer, by its name."""
+        layers: Any = {name: self.get_submodule(name) for name in self.adapter_targets.layers}
+        return layers
+
+    def unload(self) -> nn.Module:
+        """Puts back the very layers that were there: the model, still frozen, as it was. Returns it.
+
+        What was trained whole is set to what it was.
+        """
+        targets = self.adapter_targets
+        for name, layer in self.adapters.items():
+            _set(self, name, layer.base_layer.train(layer.training))
+        for name, original in zip(targets.saved, targets.originals, strict=True):
+            module = self.get_submodule(name).requires_grad_(False)
+            copy_tensors(original, module.state_dict())
+        for name in targets.protected:
+            allow_repacking(self.get_submodule(name))
+        self.__class__ = type(self)._stock
+        del self.adapter_config, self.adapter_targets
+        return self
+
+    def _write(self, directory: Path, state_dict: dict[str, Tensor] | None) -> None:
+        tensors = tensors_of(self)
+        if state_dict is not None:
+            tensors = from_state_dict(state_dict, {key: key for key in tensors}, "an adapter's")
+        write_tensors(directory / WEIGHTS, tensors)
+        write_json(directory / CONFIG, self.adapter_config.to_dict())
+
+    @classmethod
+    def from_pretrained(cls, base_model: nn.Module, directory: str | Path) -> AdapterModel:
+        """`base_model`, adapted as the model that `save_pretrained` wrote to `directory`.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError, TypeError: a file does not fit; the message names it, and the model is left as it was.
+            UnsupportedLayer: as `get_adapter_model`.
+        """
+        directory = Path(directory)
+        stored = read_tensors(directory / WEIGHTS)
+        config = read_config(directory / CONFIG, AdapterConfig.from_dict)
+
+        def fill(model: AdapterModel) -> None:
+            own = tensors_of(model)
+            check_tensors(directory / WEIGHTS, stored, own)
+            copy_tensors(stored, own)
+
+        return build(base_model, lambda: get_adapter_model(base_model, config), fill)
+
+    def load_adapter(self, directory: str | Path) -> None:
+        """Sets the adapters to those in `directory`, in the parameters that an optimizer may hold already.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError, TypeError: a file does not fit; the message names it, and nothing was changed.
+        """
+        directory = Path(directory)
+        stored = read_tensors(directory / WEIGHTS)
+        config = read_config(directory / CONFIG, AdapterConfig.from_dict)
+        mine, theirs = self.adapter_config.to_dict(), config.to_dict()
+        for option in ("method", *self.adapter_config.options):
+            if option != "dropout" and mine[option] != theirs.get(option):
+                raise ValueError(
+                    f"{directory / CONFIG}: {option}: expected {mine[option]!r}, got {theirs.get(option)!r}"
+                )
+        own = tensors_of(self)
+        check_tensors(directory / WEIGHTS, stored, own)
+        copy_tensors(stored, own)
+
+
+@functools.cache
+def model_class(stock: Any) -> type:
+    """The class of an adapted model."""
+    return subclass(AdapterModel, model_class, stock)
+
+
+def tensors_of(model: AdapterModel) -> dict[str, Tensor]:
+    """What the files hold, by its state-dict keys; a tensor with several keys is there under the first."""
+    own: dict[str, Tensor] = {}
+    for name, layer in model.adapters.items():
+        own |= {f"{name}.{key}": getattr(layer, key) for key in layer.adapter_names}
+        if layer.shared is not None:
+            own |= {f"{name}.shared.{key}": t for key, t in layer.shared.state_dict(keep_vars=True).items()}
+    for name in model.adapter_targets.saved:
+        module = model.get_submodule(name)
+        own |= {f"{name}.{key}": t for key, t in module.state_dict(keep_vars=True).items()}
+    first: dict[int, str] = {}
+    return {key: tensor for key, tensor in own.items() if first.setdefault(id(tensor), key) == key}
+
+
+# ------------------------------------------------------------------------------------------------- choosing
+
+
+def _saved(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
+    """The modules that are trained whole, the outermost of those that are named."""
+    if config.modules_to_save is None:
+        found = list(heads(model))
+    else:
+        found = []
+        for end in config.modules_to_save:
+            named = [name for name, _ in model.named_modules() if _ends(name, end)]
+            if not named:
+                raise ValueError(f"modules_to_save: expected the end of a module's name, got {end!r}")
+            found += [name for name in named if name not in found]
+    outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    for name in outer:
+        module = model.get_submodule(name)
+        stored = {key: p.dtype for key, p in module.named_parameters() if not p.is_floating_point()}
+        stored |= {key: m.packing[0] for key, m in module.named_modules() if isinstance(m, PackedLinear)}
+        if stored:
+            key, kind = next(iter(stored.items()))
+            raise UnsupportedLayer(
+                f"modules_to_save: expected modules that can be trained, got {name!r}, where {key or name} "
+                f"is {kind}"
+            )
+    return tuple(outer)
+
+
+def _targets(model: nn.Module, config: AdapterConfig, saved: Sequence[str]) -> list[str]:
+    """The names of the layers to adapt.
+
+    Raises:
+        UnsupportedLayer: there are none, or one has another owner, hooks, or a weight that is read directly.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    owners = collections.Counter(id(p) for m in modules.values() for p in m._parameters.values())
+    outputs: Any = getattr(model, "get_output_embeddings", None)
+    output = outputs() if outputs is not None else None
+    chosen = []
+    for name, layer in _linear(modules):
+        if any(f"{name}.".startswith(f"{whole}.") for whole in saved):
+            continue
+        if any(_ends(name, end) for end in config.exclude_modules):
+            continue
+        reason = reader_reason(name, modules)
+        if config.target_modules == ALL_LINEAR:
+            if reason is not None or layer is output or is_within(name, OUTPUT_LAYERS):
+                continue
+        elif not any(_ends(name, end) for end in config.target_modules):
+            continue
+        if owners[id(layer.weight)] > 1:
+            reason = "its weight has another owner"
+        reason = reason or observed("it", layer)
+        if reason is not None:
+            raise UnsupportedLayer(f"{name}: expected a layer that can be adapted, got one where {reason}")
+        chosen.append(name)
+    if not chosen:
+        expected = f"linear layers that end in one of {list(config.target_modules)}"
+        if config.target_modules == ALL_LINEAR:
+            expected = "linear layers"
+        names = [name for name, _ in _linear(modules)]
+        raise UnsupportedLayer(f"target_modules: expected {expected}, got none among {names}")
+    return chosen
+
+
+def _linear(modules: dict[str, nn.Module]) -> Iterator[tuple[str, Any]]:
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear) or is_linear4bit(module) or is_conv1d(module):
+            yield name, module
+
+
+def _ends(name: str, end: str) -> bool:
+    return f".{name}".endswith(f".{end}")
+
+
+def _check_layer(name: str, layer: Any, config: AdapterConfig) -> None:
+    """Raises UnsupportedLayer, UnsupportedWeight or ValueError, naming the layer."""
+    try:
+        check_base(layer)
+        N, K = _sizes(layer)
+        resolve_options(config.method or "", config.options, N, K)
+    except ValueError as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
+def _sizes(layer: Any) -> tuple[int, int]:
+    """[N, K] of a linear layer."""
+    weight = from_linear(layer)
+    return weight.out_features, weight.in_features
+
+
+def _shared(layers: Sequence[Any], config: AdapterConfig) -> SharedFactors | None:
+    if config.method is None or not METHODS[config.method].shared_options:
+        return None
+    devices = {layer.weight.device for layer in layers}
+    if len(devices) > 1:
+        raise UnsupportedLayer(
+            f"model: expected the layers that share factors on one device, got {sorted(map(str, devices))}"
+        )
+    sizes = [_sizes(layer) for layer in layers]
+    return SharedFactors(
+        config.method,
+        max(K for _, K in sizes),
+        max(N for N, _ in sizes),
+        adapter_dtype=config.adapter_dtype,
+        device=devices.pop(),
+        **config.options,
+    )
+
+
+def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

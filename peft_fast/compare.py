@@ -1,0 +1,196 @@
+"""`peft-fast compare`: the same job with every method and seed, and what each cost and reached, as one table.
+
+Each run is `peft-fast train` in a process of its own, so that its peak memory is its own, one after another.
+The folder:
+
+    <method>-seed<seed>/    the runs, as `train` writes them; those that are finished are kept
+    compare.csv, .md        a row for each method: means over its seeds, and the spread of the accuracy
+    compare.png             accuracy over trained parameters; time and memory of each method
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from . import config
+from .config import TrainConfig
+from .files import replace_file
+from .plots import plot_comparison
+from .training_methods import methods_with
+
+_ONCE = {"eval_every": 10**9, "save_every": 10**9}
+"""Past the end: what follows the last step is all."""
+
+
+class Row(NamedTuple):
+    """A method: means over its seeds; accuracy and perplexity as the task has them."""
+
+    method: str
+    seeds: int
+    trained_parameters: int
+    accuracy: float | None
+    accuracy_spread: float | None
+    """Standard deviation over the seeds; None of one seed."""
+    eval_loss: float
+    steps: int
+    ms_per_step: float
+    seconds: float
+    peak_memory: int | None
+    adapter_bytes: int
+
+
+def jobs(
+    methods: Sequence[str], seeds: Sequence[int], output: Path, options: Mapping[str, Any]
+) -> list[TrainConfig]:
+    """The job of every method and seed; an option that only some methods have goes to those.
+
+    Evaluates and saves once, at the end, unless `options` say otherwise.
+
+    Raises:
+        ValueError, TypeError: an option does not fit, or none of the methods has it; the message names it.
+    """
+    for argument, given in (("methods", methods), ("seeds", seeds)):
+        if not given or len(set(given)) != len(given):
+            raise ValueError(f"{argument}: expected different ones, at least one, got {list(given)}")
+    for name in options:
+        if name in config.SPECIFIC and not set(methods_with(name)) & set(methods):
+            raise ValueError(f"{name}: expected an option of one of {list(methods)}, got one of none")
+    made = []
+    for method in methods:
+        own = {n: v for n, v in options.items() if n not in config.SPECIFIC or method in methods_with(n)}
+        for seed in seeds:
+            folder = str(output / f"{method}-seed{seed}")
+            made.append(
+                TrainConfig(**{**_ONCE, **own}, method=method, seed=seed, output=folder, overwrite=True)
+            )
+    return made
+
+
+def compare(todo: Sequence[TrainConfig], output: Path, console: Console | None = None) -> list[Row]:
+    """Runs what is not finished yet, and writes the table and the plot.
+
+    Raises:
+        ChildProcessError: a run failed; the message has the end of what it said. The finished ones are kept.
+    """
+    console = console or Console()
+    output.mkdir(parents=True, exist_ok=True)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for i, job in enumerate(todo, start=1):
+        metrics = finished(job)
+        if metrics is None:
+            console.print(f"{i} of {len(todo)}: {job.method}, seed {job.seed}")
+            metrics = _run(job)
+        else:
+            console.print(f"{i} of {len(todo)}: {job.method}, seed {job.seed}: finished before")
+        found.setdefault(job.method, []).append(metrics)
+    rows = [_row(method, runs) for method, runs in found.items()]
+    write(rows, output)
+    console.print(_table(rows, title=f"{todo[0].task}, {todo[0].quant}, {rows[0].steps} steps"))
+    return rows
+
+
+def finished(job: TrainConfig) -> dict[str, Any] | None:
+    """The metrics of a finished run of this very job, if there is one."""
+    file = job.folder / "metrics.json"
+    if not file.is_file():
+        return None
+    metrics: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    options = {**job.as_dict(), **dict.fromkeys(config.NOT_OF_THE_RUN)}
+    same = {**metrics["config"], **dict.fromkeys(config.NOT_OF_THE_RUN)} == options
+    return metrics if same else None
+
+
+def _run(job: TrainConfig) -> dict[str, Any]:
+    """Carries out a job in a process of its own."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    file = job.folder / "job.yaml"
+    config.save(job, file)
+    command = [sys.executable, "-m", "peft_fast.cli", "train", "--config", str(file)]
+    ran = subprocess.run(command, check=False, capture_output=True, text=True)
+    metrics = finished(job)
+    if ran.returncode or metrics is None:
+        said = ((ran.stderr or ran.stdout).strip().splitlines() or ["nothing"])[-1][:500]
+        raise ChildProcessError(f"{job.method}, seed {job.seed}: exit code {ran.returncode}: {said}")
+    return metrics
+
+
+def _row(method: str, runs: Sequence[Mapping[str, Any]]) -> Row:
+    def mean(name: str) -> float:
+        return statistics.fmean(run[name] for run in runs)
+
+    accurate = runs[0]["accuracy"] is not None
+    measured = runs[0]["peak_memory"] is not None
+    spread = statistics.stdev(run["accuracy"] for run in runs) if accurate and len(runs) > 1 else None
+    return Row(
+        method=method,
+        seeds=len(runs),
+        trained_parameters=runs[0]["trainable_parameters"],
+        accuracy=mean("accuracy") if accurate else None,
+        accuracy_spread=spread,
+        eval_loss=mean("eval_loss"),
+        steps=runs[0]["steps"],
+        ms_per_step=mean("ms_per_step"),
+        seconds=mean("seconds"),
+        peak_memory=round(mean("peak_memory")) if measured else None,
+        adapter_bytes=round(mean("adapter_bytes")),
+    )
+
+
+# ----------------------------------------------------------------------------------------------- reporting
+
+COLUMNS = (
+    "method", "trained parameters", "accuracy", "evaluation loss", "ms a step", "seconds", "peak MiB",
+    "saved KiB",
+)  # fmt: skip
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    accuracy = "" if row.accuracy is None else f"{row.accuracy:.3f}"
+    if row.accuracy_spread is not None:
+        accuracy += f" ± {row.accuracy_spread:.3f}"
+    return (
+        row.method,
+        f"{row.trained_parameters:,}",
+        accuracy,
+        f"{row.eval_loss:.4f}",
+        f"{row.ms_per_step:.0f}",
+        f"{row.seconds:.1f}",
+        "" if row.peak_memory is None else f"{row.peak_memory / 2**20:.0f}",
+        f"{math.ceil(row.adapter_bytes / 1024):,}",
+    )
+
+
+def _table(rows: Sequence[Row], title: str) -> Table:
+    table = Table(title=title)
+    for i, column in enumerate(COLUMNS):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*_cells(row))
+    return table
+
+
+def write(rows: Sequence[Row], output: Path) -> None:
+    """compare.csv, compare.md and compare.png, each replaced whole."""
+
+    def as_csv(part: Path) -> None:
+        with part.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, Row._fields, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(row._asdict() for row in rows)
+
+    lines = [COLUMNS, ("---", *("---:" for _ in COLUMNS[1:])), *map(_cells, rows)]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    replace_file(output / "compare.csv", as_csv)
+    replace_file(output / "compare.md", lambda part: part.write_text(text, encoding="utf-8"))
+    plot_comparison(rows, output / "compare.png")

@@ -1,0 +1,392 @@
+"""`get_adapter_model`: every method on a model, what is trained, saved and put back, and what is refused."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+import peft_fast
+from peft_fast import (
+    AdapterConfig,
+    AdapterLinear,
+    AdapterModel,
+    UnsupportedLayer,
+    get_adapter_model,
+    quantize,
+)
+from peft_fast.methods import METHODS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+OPTIONS = {"vera": {"r": 4}, "s2lora": {"r": 4}, "parallel": {"r": 4}, "series": {"r": 4}}
+TOKENS = torch.arange(14).view(2, 7)
+LABELS = torch.tensor([0, 1])
+
+
+def bert(quant=None):
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(vocab_size=20, max_position_embeddings=8, **SIZES))
+    if quant is not None:
+        peft_fast.quantize(model, quant)
+        peft_fast.accelerate(model)  # and so kept from repacking
+    return model.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=TOKENS).logits
+
+
+def train(model, steps=3):
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    for _ in range(steps):
+        model(input_ids=TOKENS, labels=LABELS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def adapted(method="ssf", quant=None, **options):
+    return get_adapter_model(bert(quant), AdapterConfig(method, **{**OPTIONS.get(method, {}), **options}))
+
+
+def state_of(model):
+    """All that a refused call must leave alone."""
+    modules = {name: (id(module), type(module)) for name, module in model.named_modules()}
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict(keep_vars=True).items()}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    repacks = [getattr(module, "support_avx512bf16_for_cpu", None) for module in model.modules()]
+    return modules, trained, repacks, tensors
+
+
+def assert_unchanged(model, before):
+    *rest, tensors = state_of(model)
+    assert tuple(rest) == before[:3]
+    assert tensors.keys() == before[3].keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in before[3].items())
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_saves_loads_and_goes(tmp_path, method, quant):
+    base = bert(quant)
+    expected, modules, keys = logits(base), dict(base.named_modules()), base.state_dict().keys()
+    model = get_adapter_model(base, AdapterConfig(method, **OPTIONS.get(method, {})))
+    assert model is base
+    assert isinstance(model, AdapterModel)
+    assert isinstance(model, BertForSequenceClassification)
+    torch.testing.assert_close(logits(model), expected)
+    assert len(model.adapters) == 13
+
+    frozen = {name: t.clone() for name, t in model.state_dict().items() if ".base_layer." in name}
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    train(model)
+    assert {"classifier.weight", "classifier.bias"} < before.keys()
+    moved = {
+        name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])
+    }
+    assert moved == before.keys()
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in frozen.items())
+
+    trained = logits(model)
+    model.save_pretrained(tmp_path)
+    again = AdapterModel.from_pretrained(bert(quant), tmp_path)
+    assert again.adapter_config == model.adapter_config
+    assert torch.equal(logits(again), trained)
+    assert [n for n, p in again.named_parameters() if p.requires_grad] == list(before)
+    assert torch.equal(logits(copy.deepcopy(model)), trained)
+
+    assert model.unload() is base
+    assert type(base) is BertForSequenceClassification
+    assert base.state_dict().keys() == keys
+    assert all(module is modules[name] for name, module in base.named_modules())
+    assert torch.equal(logits(base), expected)
+
+
+def test_layers_share_one_set_of_factors_which_is_saved_once(tmp_path):
+    model = train(adapted("s2lora"))
+    (shared,) = {layer.shared for layer in model.adapters.values()}
+    assert (shared.in_features, shared.out_features) == (64, 64)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert [name for name in stored if "shared" in name] == [
+        "bert.encoder.layer.0.attention.self.query.shared.s2_A",
+        "bert.encoder.layer.0.attention.self.query.shared.s2_B",
+    ]
+    count = sum(tensor.numel() for tensor in stored.values())
+    assert model.get_nb_trainable_parameters()[0] == count == 13 * 4 + 2 * 4 * 64 + 66
+
+
+def test_targets_are_ends_of_names_and_others_are_left(capsys):
+    model = adapted("bitfit", target_modules=["query", "output.dense"], exclude_modules=["1.output.dense"])
+    names = [name.removeprefix("bert.encoder.layer.") for name in model.adapters]
+    assert names == [
+        "0.attention.self.query",
+        "0.attention.output.dense",
+        "0.output.dense",
+        "1.attention.self.query",
+        "1.attention.output.dense",
+    ]
+    model.print_trainable_parameters()
+    assert capsys.readouterr().out.startswith("trainable params: 226 || all params: ")
+
+
+def test_without_a_method_modules_are_trained_whole_and_put_back(tmp_path):
+    base = bert()
+    expected = logits(base)
+    blocks = ["bert.encoder.layer.1", "classifier"]
+    model = train(get_adapter_model(base, AdapterConfig(None, modules_to_save=["layer.1", "classifier"])))
+    moved = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert all(name.startswith(tuple(blocks)) for name in moved)
+    model.save_pretrained(tmp_path)
+    again = AdapterModel.from_pretrained(bert(), tmp_path)
+    assert not torch.equal(logits(model), expected)
+    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits(model.unload()), expected)
+
+
+def test_a_loaded_adapter_is_in_the_parameters_that_an_optimizer_has(tmp_path):
+    model = train(adapted("kadaptation"))
+    model.save_pretrained(tmp_path)
+    expected, parameters = logits(model), list(model.parameters())
+    train(model)
+    model.load_adapter(tmp_path)
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_state_dict_is_saved_in_place_of_the_models_own(tmp_path):
+    model = adapted("s2lora")
+    state = {name: tensor.clone() for name, tensor in train(copy.deepcopy(model)).state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=state)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in stored.items())
+    del state["classifier.bias"]
+    with pytest.raises(
+        ValueError, match=r"state_dict: expected 'classifier\.bias', an adapter's of the model"
+    ):
+        model.save_pretrained(tmp_path, state_dict=state)
+
+
+def test_a_model_pickles_and_a_new_one_generates_as_its_base_does():
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=20, initializer_range=0.3, **SIZES)).eval()
+    expected = base.generate(TOKENS, max_new_tokens=4, do_sample=False)
+    model = get_adapter_model(base, AdapterConfig("ssf"))
+    assert not [name for name in model.adapters if "lm_head" in name]
+    loaded = pickle.loads(pickle.dumps(model))
+    assert isinstance(loaded, AdapterModel)
+    for adapted_model in (model, loaded):
+        assert torch.equal(adapted_model.generate(TOKENS, max_new_tokens=4, do_sample=False), expected)
+
+
+def test_a_config_goes_through_json():
+    config = AdapterConfig("parallel", r=4, target_modules=["q"], adapter_dtype=torch.bfloat16, act="tanh")
+    again = AdapterConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert hash(again) == hash(config)
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert config.options == {"r": 4, "act": "tanh", "bias": "down", "scaling": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AdapterConfig("galore"), "method: expected one of"),
+        (lambda: AdapterConfig("vera", r=0), "r: expected a positive integer, got 0"),
+        (lambda: AdapterConfig("ssf", r=4), "r: expected an option of 'ssf'"),
+        (lambda: AdapterConfig(None, r=4), "r: expected no option without a method"),
+        (
+            lambda: AdapterConfig("ssf", target_modules="q"),
+            "target_modules: expected 'all-linear' or names of",
+        ),
+        (lambda: AdapterConfig("ssf", target_modules=[]), "target_modules: expected at least one name"),
+        (lambda: AdapterConfig("ssf", modules_to_save=[3]), "modules_to_save: expected names of modules"),
+        (lambda: AdapterConfig("ssf", adapter_dtype="float32"), "adapter_dtype: expected None or one of"),
+        (lambda: AdapterConfig("ssf", backend="abacus"), "backend: expected one of"),
+        (lambda: AdapterConfig.from_dict({}), "method: expected one, got none"),
+        (
+            lambda: AdapterConfig.from_dict({"method": "ssf", "adapter_dtype": "int8"}),
+            "adapter_dtype: expected",
+        ),
+    ],
+)
+def test_bad_configs_are_named(make, message):
+    with pytest.raises((ValueError, TypeError)) as error:
+        make()
+    assert message in str(error.value)
+
+
+def hooked():
+    model = bert()
+    model.bert.pooler.dense.register_forward_hook(lambda *_: None)
+    return model
+
+
+def tied():
+    model = bert()
+    model.bert.encoder.layer[1].attention.self.key.weight = model.bert.encoder.layer[
+        0
+    ].attention.self.key.weight
+    return model
+
+
+class Attention(nn.Module):
+    """Reads the weight of a layer that it does not call."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.out(self.attention(x, x, x)[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "message"),
+    [
+        (
+            bert,
+            AdapterConfig("ssf", target_modules=["no_such"]),
+            "target_modules: expected linear layers that end",
+        ),
+        (
+            bert,
+            AdapterConfig("ssf", modules_to_save=["no_such"]),
+            "modules_to_save: expected the end of a module",
+        ),
+        (bert, AdapterConfig("kadaptation", n=5), "n: expected a divisor of out_features = 32, got 5"),
+        (
+            lambda: bert("nf4"),
+            AdapterConfig(None, modules_to_save=["layer.1"]),
+            "modules that can be trained, got",
+        ),
+        (bert, AdapterConfig(None, modules_to_save=[]), "model: expected something to train"),
+        (
+            hooked,
+            AdapterConfig("ssf"),
+            "bert.pooler.dense: expected a layer that can be adapted, got one where it",
+        ),
+        (tied, AdapterConfig("ssf"), "its weight has another owner"),
+        (Attention, AdapterConfig("ssf", target_modules=["out_proj"]), "uses its .weight without calling it"),
+        (adapted, AdapterConfig("ssf"), "model: expected one without adapters"),
+        (
+            lambda: get_peft_model(bert(), LoraConfig(target_modules=["query"])),
+            AdapterConfig("ssf"),
+            "model: expected one without adapters",
+        ),
+    ],
+)
+def test_a_refused_call_changes_nothing(make, config, message):
+    model = make()
+    before = state_of(model)
+    with pytest.raises(ValueError, match="expected") as error:
+        get_adapter_model(model, config)
+    assert message in str(error.value)
+    assert_unchanged(model, before)
+
+
+def test_a_weight_that_is_read_directly_is_passed_over():
+    model = get_adapter_model(Attention(), AdapterConfig("ssf"))
+    assert list(model.adapters) == ["out"]
+    assert isinstance(model.out, AdapterLinear)
+
+
+def spoil(folder, change):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def described(folder, **options):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **options}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: (d / "adapter_config.json").unlink(), "adapter_config.json"),
+        (lambda d: (d / "adapter_config.json").write_text("{"), "expected JSON"),
+        (lambda d: (d / "adapter_config.json").write_text("[" * 100_000), "expected JSON"),
+        (lambda d: (d / "adapter_model.safetensors").write_bytes(b"no"), "expected a safetensors file"),
+        (lambda d: described(d, method="galore"), "method: expected one of"),
+        (lambda d: described(d, color="red"), "color: expected an option of 'ssf'"),
+        (lambda d: described(d, target_modules=["query"]), "expected no such tensor"),
+        (
+            lambda d: spoil(d, lambda t: t.pop("classifier.bias")),
+            "classifier.bias: expected a tensor, got none",
+        ),
+        (lambda d: spoil(d, lambda t: t["classifier.bias"].fill_(float("nan"))), "expected finite numbers"),
+        (lambda d: spoil(d, lambda t: t.update({"classifier.bias": torch.ones(3)})), "expected [2], got [3]"),
+    ],
+)
+def test_files_that_do_not_fit_change_nothing(tmp_path, change, message):
+    adapted().save_pretrained(tmp_path)
+    change(tmp_path)
+    model = bert("nf4")
+    before = state_of(model)
+    with pytest.raises((ValueError, TypeError, OSError)) as error:
+        AdapterModel.from_pretrained(model, tmp_path)
+    assert message in str(error.value)
+    assert_unchanged(model, before)
+
+
+def test_an_adapter_of_another_kind_is_not_loaded(tmp_path):
+    adapted("parallel", act="gelu").save_pretrained(tmp_path)
+    model = adapted("parallel", act="tanh")
+    before = state_of(model)
+    with pytest.raises(ValueError, match="act: expected 'tanh', got 'gelu'"):
+        model.load_adapter(tmp_path)
+    assert_unchanged(model, before)
+
+
+def test_unsupported_layers_of_a_listed_name_are_named():
+    class Scaled(nn.Linear):
+        pass
+
+    net = nn.Sequential(nn.Linear(4, 4), Scaled(4, 4))
+    with pytest.raises(UnsupportedLayer, match=r"1: base: expected nn\.Linear"):
+        get_adapter_model(net, AdapterConfig("ssf"))
+    assert len(get_adapter_model(net, AdapterConfig("ssf", target_modules=["0"])).adapters) == 1
+
+
+def test_a_packed_module_is_not_trained_whole():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, bias=False))
+    quantize(model, "int8")
+    with pytest.raises(UnsupportedLayer, match=r"modules_to_save: .*'1'.* is int8"):
+        get_adapter_model(model, AdapterConfig(None, modules_to_save=["1"]))
+    adapted = get_adapter_model(model, AdapterConfig("bitfit", modules_to_save=[]))
+    assert adapted.get_nb_trainable_parameters() == (128, 128 + 64 + 2 * 64 * 64)
+
+
+def test_only_safetensors_are_written(tmp_path):
+    model = get_adapter_model(nn.Sequential(nn.Linear(8, 8)), AdapterConfig("ia3"))
+    model.save_pretrained(tmp_path, safe_serialization=True)
+    with pytest.raises(ValueError, match="safe_serialization: expected True, got False"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+
+
+@pytest.mark.parametrize("method", ["vera", "s2lora", "kadaptation"])
+def test_a_replica_has_the_shared_factors(method):
+    """As `nn.DataParallel` makes them: without entries in `_parameters`."""
+    model = get_adapter_model(nn.Sequential(nn.Linear(8, 8)), AdapterConfig(method))
+    layer = model.adapters["0"]
+    replica, shared = layer._replicate_for_data_parallel(), layer.shared._replicate_for_data_parallel()
+    for module, copied in ((layer, replica), (layer.shared, shared)):
+        for name, parameter in module._parameters.items():
+            copied._parameters.pop(name, None)
+            object.__setattr__(copied, name, parameter)
+    replica._modules["shared"] = shared
+    x = torch.randn(3, 8)
+    assert torch.equal(replica(x), layer(x))
