@@ -116,6 +116,27 @@ class PackedLinear(nn.Linear):
                 self._buffers[name] = tensor.to(moved.device)
         return self
 
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        """Packed bytes alone: PyTorch would convert the numbers of a dense weight to them."""
+        for name in _TENSORS:
+            given, own = state_dict.get(prefix + name), self._buffers[name]
+            if given is None or own is None or given.dtype == own.dtype:
+                continue
+            if given.dtype != torch.float8_e4m3fn or self.packing[0] != "fp8" or name != "weight":
+                errors.append(f"{prefix}{name}: expected {own.dtype} of a packed weight, got {given.dtype}")
+                return
+            state_dict = {**state_dict, prefix + name: given.view(own.dtype)}
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
     def extra_repr(self) -> str:
         bias = self.bias is not None
         return f"{self.in_features}, {self.out_features}, format={self.packing[0]!r}, bias={bias}"

@@ -299,3 +299,26 @@ def test_autograd_keeps_no_decoded_weight():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         lora_linear(x, weight, A, B)
     assert sum(t.nbytes for t in {t.data_ptr(): t for t in kept}.values()) < 1.1 * weight.weight.nbytes
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_a_dense_state_dict_is_not_converted_to_packed_bytes(format, strict):
+    """It has the shape of the bytes, which PyTorch would fill with its numbers."""
+    dense = torch.nn.Linear(K, N)
+    layer = PackedLinear.from_linear(dense, format)
+    before = layer.packed.weight.clone()
+    with pytest.raises(
+        RuntimeError, match=r"weight: expected torch\.\w+ of a packed weight, got torch.float32"
+    ):
+        layer.load_state_dict(dense.state_dict(), strict=strict)
+    assert torch.equal(layer.packed.weight, before)
+
+
+def test_an_fp8_state_dict_may_hold_fp8_numbers():
+    layer = PackedLinear.from_linear(torch.nn.Linear(K, N), "fp8")
+    other = PackedLinear.from_linear(torch.nn.Linear(K, N), "fp8")
+    state = other.state_dict()
+    state["weight"] = state["weight"].view(torch.float8_e4m3fn)
+    layer.load_state_dict(state)
+    assert torch.equal(layer.packed.decode(torch.float32), other.packed.decode(torch.float32))
