@@ -1,5 +1,10 @@
 # make finetune   fine-tune a pretrained 4-bit model on this machine (about two minutes on two cores)
 # make test       every test
+# make fuzz       10,000 random calls of all ops against fp64; SEED=n draws others, CASES=n another number of them
+# make asan       the C++ extension under the address and undefined-behaviour sanitizers: its tests and random calls
+# make tsan       its threads under the thread sanitizer
+# make mutation   flips signs and drops terms of the formulas; a test must fail for each
+# make endurance  hours of misuse in minutes: fifty kills, 10,000 steps, 200 steps beside each peer
 # make lint       ruff, ruff format, clang-format, mypy
 # make bench      the suite's quick cases under pytest-benchmark, to runs/bench.json; `peft-fast bench` prints tables
 # make gpu        on a GPU machine, with the Python and torch it has: builds, tests, tunes and times everything in nine
@@ -27,10 +32,14 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*.cp
 CUDA_ARCHS  ?= 80 90 100 120
 WHEEL_TORCH ?= $(TORCH)
 
+# Of `make fuzz` and the sanitizers.
+CASES  ?= 10000
+SEED   ?= 0
+
 OUT    ?= runs/gpu
 GPU_PYTHON ?= python3
 
-.PHONY: install finetune test lint bench gpu tune roofline aot cuda wheel wheel-test clean
+.PHONY: install finetune test fuzz asan tsan mutation endurance lint bench gpu tune roofline aot cuda wheel wheel-test clean
 
 install: $(VENV)/.installed
 
@@ -53,6 +62,36 @@ finetune: install
 
 test: install
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+fuzz: install
+	FUZZ_CASES=$(CASES) $(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-seed $(SEED) --timeout 0 $(ARGS)
+
+# A build of its own, found before the installed one. Uninitialized memory is filled with ones, which is NaN.
+asan: CASES = 500
+asan: install
+	rm -rf build/asan
+	CC="gcc -fsanitize=address,undefined" CXX="g++ -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+		$(BIN)/python setup.py --quiet build --build-lib build/asan --build-temp build/asan/objects
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255 PYTHONPATH=build/asan \
+		FUZZ_CASES=$(CASES) $(BIN)/pytest tests/test_cpu.py tests/test_cpu_loreft.py tests/test_cpu_invariance.py \
+		tests/test_fuzz.py -k "not triton and not memory" --hypothesis-seed $(SEED) --timeout 0 $(ARGS)
+
+# On threads of its own, since that sanitizer knows nothing of OpenMP's. It wants addresses without randomness.
+tsan: install
+	rm -rf build/tsan
+	CC="gcc -fsanitize=thread" CXX="g++ -fsanitize=thread -include $(CURDIR)/tests/emulated/threads.h -isystem \
+		$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')/include" \
+		$(BIN)/python setup.py --quiet build --build-lib build/tsan --build-temp build/tsan/objects
+	LD_PRELOAD=$$(gcc -print-file-name=libtsan.so) PYTHONPATH=build/tsan \
+		TSAN_OPTIONS=suppressions=tests/emulated/threads.supp setarch -R \
+		$(BIN)/pytest tests/test_cpu.py tests/test_cpu_loreft.py -k "not forked and not memory" --timeout 0 $(ARGS)
+
+mutation: install
+	$(BIN)/python tests/mutation.py --csv tests/mutants.csv $(ARGS)
+
+endurance: install
+	$(BIN)/python -m pytest --endurance $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

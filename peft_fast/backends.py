@@ -17,14 +17,19 @@ from torch import Tensor
 
 from . import cuda, native, reference
 from .errors import BackendUnavailable
+from .formats import QuantizedWeight
 
 
 class Backend(NamedTuple):
-    """A row of the table: `load()` gives the object with the ops, `unavailable` why a case cannot run."""
+    """A row of the table: `load()` gives the object with the ops, `unavailable` why a case cannot run.
+
+    `checks` says that its ops check a weight before they touch memory, in words of their own.
+    """
 
     load: Callable[[], Any]
     unavailable: Callable[[str, str, torch.dtype], str | None]
     automatic: bool = True
+    checks: bool = False
 
     def reason(self, op: str, format: str, device: str, dtype: torch.dtype) -> str | None:
         """Why this backend cannot run an op on a case; None when it can."""
@@ -75,7 +80,8 @@ def _triton_strategy(name: str) -> Backend:
 
 def _native(level: str, batch_invariant: bool = False) -> Backend:
     backend = native.Level(level, batch_invariant)
-    return Backend(lambda: backend, backend.unavailable, automatic=not level and not batch_invariant)
+    automatic = not level and not batch_invariant
+    return Backend(lambda: backend, backend.unavailable, automatic, checks=True)
 
 
 # In order of preference; `reference` is last and runs everything.
@@ -83,12 +89,18 @@ BACKENDS: dict[str, Backend] = {
     "cpu": _native(""),
     "triton": Backend(_load_triton, _triton_unavailable),
     **{f"triton-{name}": _triton_strategy(name) for name in ("splitk", "fused", "split", "library", "merge")},
-    "cuda-gemv": Backend(cuda.Gemv, cuda.gemv_unavailable, automatic=False),
+    "cuda-gemv": Backend(cuda.Gemv, cuda.gemv_unavailable, automatic=False, checks=True),
     "cuda-dequant": Backend(cuda.Dequantize, cuda.unavailable, automatic=False),
     **{f"cpu-{level}": _native(level) for level in native.LEVELS},
     "cpu-batch-invariant": _native("", batch_invariant=True),
     "reference": Backend(lambda: reference, lambda format, device, dtype: None),
 }
+
+
+def check_name(backend: str) -> None:
+    """Raises ValueError for a name that is not known."""
+    if backend != "auto" and not (isinstance(backend, str) and backend in BACKENDS):
+        raise ValueError(f"backend: expected 'auto' or one of {list(BACKENDS)}, got {backend!r}")
 
 
 def availability(op: str, format: str, device: str, dtype: torch.dtype) -> dict[str, str | None]:
@@ -110,6 +122,7 @@ def resolve(op: str, format: str, device: str, dtype: torch.dtype, backend: str 
         ValueError: `backend` is not in the table.
         BackendUnavailable: the named backend cannot run the case; the message says why.
     """
+    check_name(backend)
     if backend == "auto":
         return next(
             name
@@ -118,8 +131,6 @@ def resolve(op: str, format: str, device: str, dtype: torch.dtype, backend: str 
             and not (name == "triton" and device == "cpu")
             and row.reason(op, format, device, dtype) is None
         )
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected 'auto' or one of {list(BACKENDS)}, got {backend!r}")
     reason = BACKENDS[backend].reason(op, format, device, dtype)
     if reason is not None:
         raise BackendUnavailable(f"backend {backend!r} cannot run {op} over {format} here: {reason}")
@@ -132,6 +143,28 @@ calls: collections.Counter[tuple[str, str]] = collections.Counter()
 
 def implementation(op: str, format: str, x: Tensor, backend: str) -> Callable[..., Any]:
     """The function that runs an op on activations like x; the call that follows is counted."""
+    return getattr(_counted(op, format, x, backend).load(), op)
+
+
+def over_weight(op: str, weight: QuantizedWeight, x: Tensor, backend: str, *args: Any) -> Any:
+    """Runs an op on activations like x, over a weight that is what it says of itself: none reads past it.
+
+    Raises:
+        UnsupportedWeight: the field of the weight that contradicts the others.
+    """
+    row = _counted(op, weight.format, x, backend)
+    run = getattr(row.load(), op)
+    if not row.checks:
+        weight.check()
+        return run(*args)
+    try:
+        return run(*args)
+    except RuntimeError:
+        weight.check()
+        raise
+
+
+def _counted(op: str, format: str, x: Tensor, backend: str) -> Backend:
     name = resolve(op, format, x.device.type, x.dtype, backend)
     calls[op, name] += 1
-    return getattr(BACKENDS[name].load(), op)
+    return BACKENDS[name]

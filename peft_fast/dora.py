@@ -52,6 +52,7 @@ def row_norms_squared(
     Raises:
         BackendUnavailable: the named backend cannot decode this weight here.
     """
+    backends.check_name(backend)
     return torch.ops.peft_fast.row_norms_squared(*weight, dtype, backend)
 
 
@@ -78,14 +79,19 @@ def lora_weight_norm(
         backend: "auto" or a name of `backends.BACKENDS`; an explicit one runs or raises.
 
     Returns:
-        [N] float32 (float64 for a float64 lora_A).
+        [N] float32 (float64 for a float64 lora_A or weight).
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
         BackendUnavailable: the named backend cannot run this case.
     """
     N, K = weight.out_features, weight.in_features
+    backends.check_name(backend)
+    weight.check()
+    ops.check_tensor("lora_A", lora_A)
     dtype = accumulation_dtype(lora_A.dtype)
+    if weight.weight.dtype == torch.float64:
+        dtype = torch.float64
     no_A, no_B = (weight.weight.new_empty(shape, dtype=dtype) for shape in ((0, K), (N, 0)))
     ops.check_lora_linear(no_A, weight, None, lora_A, lora_B, None, 0.0)
     if norms_squared is None:
@@ -115,7 +121,8 @@ def lora_weight_norm(
 
 def _row_norms_squared_op(*args: Any) -> Tensor:
     *fields, dtype, backend = args
-    weight = QuantizedWeight(*fields)
+    weight = QuantizedWeight(*fields).check()
+    ops.check_dtype(dtype)
     name = backends.resolve("dequantize", weight.format, weight.weight.device.type, dtype, backend)
     # A dense slice needs no copy, which backends make.
     dequantize = backends.BACKENDS["reference" if weight.format == "dense" else name].load().dequantize

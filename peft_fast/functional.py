@@ -62,18 +62,21 @@ def lora_linear(
         ValueError, TypeError: an argument does not fit; the message names it.
         BackendUnavailable: the named backend cannot run this case.
     """
-    if not isinstance(weight, QuantizedWeight):
-        weight = from_dense(weight)
+    weight = _as_weight(weight)
+    ops.check_tensors(x, weight, lora_A, lora_B, bias)
+    ops.check_number("scaling", scaling)
+    ops.check_probability("dropout_p", dropout_p)
     x = _as_autocast(x)
     if lora_bias is not None:
+        ops.check_vector("lora_bias", lora_bias, weight.out_features, weight.weight.device)
         scaled = scaling * lora_bias
         bias = scaled if bias is None else bias + scaled
-    ops.check_probability("dropout_p", dropout_p)
     mask = None
     if training and dropout_p > 0.0:
         mask = torch.ops.peft_fast.dropout_mask(x, dropout_p)
     p = dropout_p if mask is not None else 0.0
     if out_scale is not None:
+        ops.check_vector("out_scale", out_scale, weight.out_features, weight.weight.device)
         return _scaled(x, weight, bias, out_scale, (lora_A, lora_B, mask), scaling, p, backend)
     return autograd.lora_linear(x, weight, bias, lora_A, lora_B, mask, None, scaling, p, backend)
 
@@ -127,19 +130,20 @@ def dora_linear(
         ValueError, TypeError: an argument does not fit; the message names it.
         BackendUnavailable: the named backend cannot run this case.
     """
-    if not isinstance(weight, QuantizedWeight):
-        weight = from_dense(weight)
+    weight = _as_weight(weight)
     check_choice("dropout", dropout, DROPOUTS)
     check_choice("norm_grad", norm_grad, NORM_GRADS)
+    ops.check_tensors(x, weight, lora_A, lora_B, bias)
+    ops.check_number("scaling", scaling)
     ops.check_probability("dropout_p", dropout_p)
     ops.check_vector("magnitude", magnitude, weight.out_features, weight.weight.device)
     x = _as_autocast(x)
     if norm is None:
         with torch.no_grad() if norm_grad == "detached" else nullcontext():
             norm = dora.lora_weight_norm(weight, lora_A, lora_B, scaling, backend=backend)
-    elif norm_grad == "detached":
-        norm = norm.detach()
     ops.check_vector("norm", norm, weight.out_features, weight.weight.device)
+    if norm_grad == "detached":
+        norm = norm.detach()
     dtype = accumulation_dtype(x.dtype)
     scale = magnitude.to(dtype) / norm.to(dtype)
     dropping = training and dropout_p > 0.0
@@ -210,12 +214,15 @@ def loreft(
     check_choice("act", act, tuple(ACTIVATIONS))
     check_choice("dropout_on", dropout_on, DROPOUT_ON)
     ops.check_probability("dropout_p", dropout_p)
-    _check_subspace(basis, source, bias, h.device)
-    if not h.is_floating_point():
-        raise TypeError(f"h: expected a floating dtype, got {h.dtype}")
-    if rows is not None and rows.dim() != 1:
-        raise ValueError(f"rows: expected [m], got {list(rows.shape)}")
-    if residual is not None and residual.dtype != h.dtype:
+    ops.check_tensor("h", h)
+    ops.check_operand("h", h, h.device)
+    ops.check_subspace(basis, source, bias, h.device)
+    if rows is not None:
+        ops.check_tensor("rows", rows)
+        if rows.dim() != 1:
+            raise ValueError(f"rows: expected [m], got {list(rows.shape)}")
+    if residual is not None:
+        ops.check_operand("residual", residual, h.device)
         dtype = torch.promote_types(h.dtype, residual.dtype)
         h, residual = h.to(dtype), residual.to(dtype)
     projection, bias, act = _subspace(basis, source, bias, subtract, act, accumulation_dtype(h.dtype))
@@ -262,8 +269,8 @@ def loreft_linear(
         ValueError, TypeError: an argument does not fit; the message names it.
         BackendUnavailable: the named backend cannot run this case.
     """
-    if not isinstance(weight, QuantizedWeight):
-        weight = from_dense(weight)
+    weight = _as_weight(weight)
+    ops.check_tensor("x", x)
     folded = fold_edit(
         weight, basis, source, edit_bias, bias, subtract=subtract, dtype=x.dtype, backend=backend
     )
@@ -287,7 +294,7 @@ def fold_edit(
     They are float32 (float64 for that dtype), and differentiable as `loreft_linear` is.
     """
     N, device = weight.out_features, weight.weight.device
-    _check_subspace(basis, source, edit_bias, device, bias_name="edit_bias")
+    ops.check_subspace(basis, source, edit_bias, device, bias_name="edit_bias")
     if basis.shape[1] != N:
         raise ValueError(f"basis: expected [r, N] = [*, {N}], got {list(basis.shape)}")
     if bias is not None:
@@ -321,8 +328,13 @@ def dequantize(
         ValueError, TypeError: `out` is something else; it keeps its values.
         BackendUnavailable: the named backend cannot run this case.
     """
+    if not isinstance(weight, QuantizedWeight):
+        raise TypeError(f"weight: expected a QuantizedWeight, got {type(weight).__name__}")
+    ops.check_dtype(dtype)
+    weight.check()
     shape, device = (weight.out_features, weight.in_features), weight.weight.device
     if out is not None:
+        ops.check_tensor("out", out)
         if out.shape != shape or not out.is_contiguous() or out.device != device:
             raise ValueError(
                 f"out: expected contiguous {list(shape)} on {device}, got {list(out.shape)} with strides "
@@ -334,22 +346,6 @@ def dequantize(
     run = backends.BACKENDS[name].load().dequantize
     with torch.no_grad():
         return run(weight, dtype) if out is None else run(weight, dtype, out)
-
-
-def _check_subspace(
-    basis: Tensor, source: Tensor | None, bias: Tensor | None, device: torch.device, bias_name: str = "bias"
-) -> None:
-    for name, tensor in (("basis", basis), ("source", source), (bias_name, bias)):
-        if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
-    if basis.dim() != 2:
-        raise ValueError(f"basis: expected [r, d], got {list(basis.shape)}")
-    if source is not None and source.shape != basis.shape:
-        raise ValueError(f"source: expected [r, d] = {list(basis.shape)}, got {list(source.shape)}")
-    if bias is not None and bias.shape != basis.shape[:1]:
-        raise ValueError(f"{bias_name}: expected [r] = {list(basis.shape[:1])}, got {list(bias.shape)}")
 
 
 def _subspace(
@@ -367,9 +363,14 @@ def _subspace(
     return (source - basis if act == "linear" else torch.cat((source, basis))), bias, act
 
 
+def _as_weight(weight: QuantizedWeight | Tensor) -> QuantizedWeight:
+    return weight if isinstance(weight, QuantizedWeight) else from_dense(weight)
+
+
 def _as_autocast(x: Tensor) -> Tensor:
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+    known = torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device_type)
+    if known and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device_type))
     return x
 
@@ -395,5 +396,5 @@ def _nonzero(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{argument}: expected one of {list(choices)}, got {value!r}")

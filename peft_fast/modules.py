@@ -21,7 +21,7 @@ from .errors import UnsupportedLayer
 from .formats import from_linear, is_conv1d
 from .functional import DROPOUTS, NORM_GRADS, check_choice, dora_linear, lora_linear
 from .norm_cache import NormCache, fold_scaling
-from .ops import check_probability
+from .ops import check_adapter, check_number, check_probability
 from .reference import accumulation_dtype
 
 Bias = Literal["none", "all", "lora_only"]
@@ -32,17 +32,27 @@ _REPACKS = "support_avx512bf16_for_cpu"
 
 def is_linear4bit(layer: nn.Module) -> bool:
     """Whether `layer` is a bitsandbytes `Linear4bit`, without importing bitsandbytes."""
-    return any(
-        c.__name__ == "Linear4bit" and c.__module__.startswith("bitsandbytes.") for c in type(layer).__mro__
-    )
+    return _is_bitsandbytes(layer, "Linear4bit")
+
+
+def is_linear8bit(layer: nn.Module) -> bool:
+    """Whether `layer` is a bitsandbytes `Linear8bitLt`, without importing bitsandbytes."""
+    return _is_bitsandbytes(layer, "Linear8bitLt")
+
+
+def _is_bitsandbytes(layer: nn.Module, name: str) -> bool:
+    return any(c.__name__ == name and c.__module__.startswith("bitsandbytes.") for c in type(layer).__mro__)
 
 
 def check_base(layer: nn.Linear) -> None:
     """Raises `UnsupportedLayer` or `UnsupportedWeight` unless `layer` can be a fused layer's frozen base."""
-    if type(layer) is not nn.Linear and not is_linear4bit(layer) and not is_conv1d(layer):
+    if not isinstance(layer, nn.Module):
+        raise UnsupportedLayer(f"base: expected a linear layer, got {type(layer).__name__}")
+    is_quantized = is_linear4bit(layer) or is_linear8bit(layer) or "packing" in vars(layer)
+    if type(layer) is not nn.Linear and not is_quantized and not is_conv1d(layer):
         raise UnsupportedLayer(
-            "base: expected nn.Linear, transformers Conv1D or bitsandbytes Linear4bit, "
-            f"got {type(layer).__name__}"
+            "base: expected nn.Linear, transformers Conv1D, bitsandbytes Linear4bit or Linear8bitLt, or "
+            f"PackedLinear, got {type(layer).__name__}"
         )
     weight = from_linear(layer).check()
     if is_conv1d(layer):
@@ -73,13 +83,16 @@ def allow_repacking(layer: Any) -> None:
 
 
 def compute_dtype(base: Any) -> torch.dtype:
-    """The dtype that `base` computes in: autocast's, else what bitsandbytes was told, else the weight's."""
+    """The dtype that `base` computes in: autocast's, else what bitsandbytes was told, else the weight's.
+
+    For a base that computes in the dtype of x whatever its weight's, the default one.
+    """
     device = base.weight.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     if is_linear4bit(base):
         return base.compute_dtype or base.weight.quant_state.dtype
-    return base.weight.dtype
+    return base.weight.dtype if base.weight.is_floating_point() else torch.get_default_dtype()
 
 
 def warn_slow_compute_dtype(layer: nn.Module, x_dtype: torch.dtype | None = None) -> None:
@@ -183,8 +196,8 @@ def in_compute_dtype(base: nn.Linear, x: Tensor) -> Tensor:
 
 
 def as_base_returns(base: nn.Linear, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """y in the `dtype` that x came in, where `base` is a `Linear4bit`."""
-    return y.to(dtype) if y.dtype != dtype and is_linear4bit(base) else y
+    """y in the `dtype` that x came in, where `base` is a layer of bitsandbytes."""
+    return y.to(dtype) if y.dtype != dtype and (is_linear4bit(base) or is_linear8bit(base)) else y
 
 
 class LowRankLinear(nn.Module):
@@ -207,8 +220,10 @@ class LowRankLinear(nn.Module):
     ) -> None:
         super().__init__()
         check_base(base_layer)
-        if not isinstance(r, int) or r < 1:
+        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
             raise ValueError(f"r: expected a positive integer, got {r!r}")
+        check_number("lora_alpha", lora_alpha)
+        check_adapter(adapter_dtype, backend)
         check_probability("lora_dropout", lora_dropout)
         check_choice("bias", bias, ("none", "all", "lora_only"))
         if bias != "none" and base_layer.bias is None:
@@ -269,7 +284,7 @@ class LoRALinear(LowRankLinear):
         """Wraps `base` without copying its weight, and freezes it.
 
         Args:
-            base: `nn.Linear`, a transformers `Conv1D` or a quantized bitsandbytes `Linear4bit`.
+            base: `nn.Linear`, a transformers `Conv1D`, a quantized layer of bitsandbytes or a `PackedLinear`.
             r: rank.
             lora_alpha: numerator of the scaling.
             lora_dropout: dropout probability on the input of the low-rank branch, in training mode.

@@ -34,7 +34,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import dora, ops
-from .formats import QuantizedWeight
+from .formats import QuantizedWeight, stored_weight
 from .reference import accumulation_dtype
 
 COMPARED_BY_CONTENT = frozenset({"cpu"})
@@ -157,7 +157,7 @@ def _describe(base: nn.Linear, weight: QuantizedWeight) -> tuple[tuple[Any, ...]
     constants: tuple[Any, ...] = weight[_TENSORS:]
     rest: tuple[Any, ...] = weight[1:_TENSORS]
     # The owner's parameter, since a view of it may have a version of its own.
-    placed = [base.weight, *(t for t in rest if t is not None)]
+    placed = [stored_weight(base), *(t for t in rest if t is not None)]
     packed = weight.weight
     if packed.device.type not in COMPARED_BY_CONTENT:
         return constants, placed, []

@@ -10,6 +10,8 @@ formula in `autograd.py`, and a function of the same name in each backend that c
 from __future__ import annotations
 
 import functools
+import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import backends, native, reference
-from .formats import QuantizedWeight
+from .formats import DENSE_DTYPES, QuantizedWeight
 from .reference import Gradients, Needs
 
 WEIGHT_SCHEMA = (
@@ -69,9 +71,45 @@ def runs_directly(operands: Sequence[Tensor], frozen: Sequence[Tensor | None]) -
     )
 
 
+FLOATING = (*DENSE_DTYPES, torch.float64)
+
+
+def check_number(argument: str, value: Any) -> None:
+    """Raises TypeError or ValueError unless `value` is a finite number."""
+    _check_real(argument, value)
+    if not torch.compiler.is_compiling() and not math.isfinite(value):  # a compiler's may be a symbol
+        raise ValueError(f"{argument}: expected a finite number, got {value!r}")
+
+
 def check_probability(argument: str, p: float) -> None:
+    _check_real(argument, p)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{argument}: expected a probability in [0, 1], got {p}")
+
+
+def _check_real(argument: str, value: Any) -> None:
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, _REAL)):
+        raise TypeError(f"{argument}: expected a number, got {value!r}")
+
+
+_REAL = (numbers.Real, torch.SymFloat, torch.SymInt)
+
+
+def check_dtype(dtype: Any) -> None:
+    if dtype not in FLOATING:
+        raise TypeError(f"dtype: expected one of {FLOATING}, got {dtype!r}")
+
+
+def check_adapter(adapter_dtype: torch.dtype | None, backend: str) -> None:
+    """Raises TypeError or ValueError for what no adapter of a layer can have."""
+    if adapter_dtype is not None and adapter_dtype not in FLOATING:
+        raise TypeError(f"adapter_dtype: expected None or one of {FLOATING}, got {adapter_dtype!r}")
+    backends.check_name(backend)
+
+
+def check_tensor(argument: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument}: expected a tensor, got {type(value).__name__}")
 
 
 def check_lora_linear(
@@ -82,9 +120,21 @@ def check_lora_linear(
     lora_B: Tensor,
     out_scale: Tensor | None,
     dropout_p: float,
+    dropout_mask: Tensor | None = None,
 ) -> None:
     """Raises ValueError or TypeError naming the argument, the expected and the received."""
     N, K = weight.out_features, weight.in_features
+    if not isinstance(weight.weight, Tensor):
+        check_tensor("weight", weight.weight)
+    device = weight.weight.device
+    check_operand("x", x, device)
+    if x.dtype != torch.float64 and weight.weight.dtype == torch.float64:
+        raise TypeError(f"x: expected torch.float64, the dtype of the weight, got {x.dtype}")
+    dtypes = FLOATING if x.dtype == torch.float64 else DENSE_DTYPES
+    check_operand("lora_A", lora_A, device, dtypes)
+    check_operand("lora_B", lora_B, device, dtypes)
+    if bias is not None:
+        check_operand("bias", bias, device, dtypes)
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x: expected [..., K] = [..., {K}], got {list(x.shape)}")
     if lora_A.dim() != 2 or lora_A.shape[1] != K:
@@ -95,25 +145,96 @@ def check_lora_linear(
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != N):
         raise ValueError(f"bias: expected [N] = [{N}], got {list(bias.shape)}")
     check_probability("dropout_p", dropout_p)
-    device = weight.weight.device
-    for name, tensor in (("x", x), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
-        if tensor is None:
-            continue
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
-        if tensor.device != device:
-            raise ValueError(f"{name}: expected device {device} (the weight's), got {tensor.device}")
+    if dropout_mask is not None:
+        check_mask(dropout_mask, x.numel() // max(K, 1), K, device)
     if out_scale is not None:
         check_vector("out_scale", out_scale, N, device)
         if out_scale.dtype != (dtype := reference.accumulation_dtype(x.dtype)):
             raise TypeError(f"out_scale: expected {dtype} for x in {x.dtype}, got {out_scale.dtype}")
 
 
-def check_vector(argument: str, tensor: Tensor, N: int, device: torch.device) -> None:
-    if tensor.dim() != 1 or tensor.shape[0] != N:
-        raise ValueError(f"{argument}: expected [N] = [{N}], got {list(tensor.shape)}")
+def check_lora_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: QuantizedWeight,
+    needs: Needs,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    z: Tensor,
+    dropout_mask: Tensor | None,
+    out_scale: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    _scaling: float,
+    dropout_p: float,
+) -> None:
+    """As `check_lora_linear`, of what the op is given by others than the formula; the weight, too."""
+    weight.check()
+    check_lora_linear(x, weight, bias, lora_A, lora_B, out_scale, dropout_p, dropout_mask)
+    if needs.out_scale and (out_scale is None or y is None):
+        raise ValueError("out_scale, y: expected tensors for the gradient of out_scale, got None")
+    shape = [*x.shape[:-1], weight.out_features]
+    for name, tensor in (("grad", grad), ("y", y)):
+        if tensor is not None:
+            check_operand(name, tensor, weight.weight.device, (x.dtype,))
+            if list(tensor.shape) != shape:
+                raise ValueError(f"{name}: expected [..., N] = {shape}, got {list(tensor.shape)}")
+    check_operand("z", z, weight.weight.device, (reference.accumulation_dtype(x.dtype),))
+    M, R = x.numel() // max(weight.in_features, 1), lora_A.shape[0]
+    if list(z.shape) != [M, R]:
+        raise ValueError(f"z: expected [M, R] = {[M, R]}, got {list(z.shape)}")
+
+
+def check_operand(
+    argument: str, tensor: Any, device: torch.device, dtypes: tuple[torch.dtype, ...] = FLOATING
+) -> None:
+    """Raises unless it is a strided tensor of one of the dtypes on the weight's device."""
+    if not isinstance(tensor, Tensor):
+        check_tensor(argument, tensor)
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{argument}: expected a floating dtype of {dtypes}, got {tensor.dtype}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{argument}: expected a strided tensor, got {tensor.layout}")
     if tensor.device != device:
         raise ValueError(f"{argument}: expected device {device} (the weight's), got {tensor.device}")
+
+
+def check_tensors(
+    x: Tensor, weight: QuantizedWeight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
+) -> None:
+    """That the operands are tensors; what else they have to be, `check_lora_linear` says."""
+    named = (("x", x), ("weight", weight.weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias))
+    for name, tensor in named:
+        if not isinstance(tensor, Tensor) and (tensor is not None or name != "bias"):
+            check_tensor(name, tensor)
+
+
+def check_subspace(
+    basis: Tensor, source: Tensor | None, bias: Tensor | None, device: torch.device, bias_name: str = "bias"
+) -> None:
+    for name, tensor in (("basis", basis), ("source", source), (bias_name, bias)):
+        if tensor is not None or name == "basis":
+            check_operand(name, tensor, device)
+    if basis.dim() != 2:
+        raise ValueError(f"basis: expected [r, d], got {list(basis.shape)}")
+    if source is not None and source.shape != basis.shape:
+        raise ValueError(f"source: expected [r, d] = {list(basis.shape)}, got {list(source.shape)}")
+    if bias is not None and bias.shape != basis.shape[:1]:
+        raise ValueError(f"{bias_name}: expected [r] = {list(basis.shape[:1])}, got {list(bias.shape)}")
+
+
+def check_mask(mask: Tensor, M: int, K: int, device: torch.device) -> None:
+    if mask.dtype != torch.uint8 or mask.device != device or list(mask.shape) != [M, (K + 7) // 8]:
+        raise ValueError(
+            f"dropout_mask: expected uint8 [M, ⌈K/8⌉] = {[M, (K + 7) // 8]} on {device}, got {mask.dtype} "
+            f"{list(mask.shape)} on {mask.device}"
+        )
+
+
+def check_vector(argument: str, tensor: Any, N: int, device: torch.device) -> None:
+    check_operand(argument, tensor, device)
+    if tensor.dim() != 1 or tensor.shape[0] != N:
+        raise ValueError(f"{argument}: expected [N] = [{N}], got {list(tensor.shape)}")
 
 
 # ------------------------------------------------------------------------------- implementations and fakes
@@ -149,14 +270,18 @@ def lora_linear(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Checks, picks a backend and runs it: (Y [..., N], Z [M, R] fp32) of x [..., K]; not differentiable."""
-    check_lora_linear(x, weight, bias, lora_A, lora_B, out_scale, dropout_p)
-    y, z = backends.implementation("lora_linear", weight.format, x, backend)(
+    check_lora_linear(x, weight, bias, lora_A, lora_B, out_scale, dropout_p, dropout_mask)
+    y, z = backends.over_weight(
+        "lora_linear",
+        weight,
+        x,
+        backend,
         _rows(x, weight.in_features),
         weight,
         bias if bias is None else bias.contiguous(),
         lora_A.contiguous(),
         lora_B.contiguous(),
-        dropout_mask,
+        dropout_mask if dropout_mask is None else dropout_mask.contiguous(),
         out_scale if out_scale is None else out_scale.contiguous(),
         scaling,
         dropout_p,
@@ -221,6 +346,7 @@ def _lora_linear_backward_op(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tenso
     weight, rest = QuantizedWeight(*args[:WEIGHT_FIELDS]), args[WEIGHT_FIELDS:]
     *operands, needs_x, needs_A, needs_B, needs_bias, needs_out_scale, backend = rest
     needs = Needs(needs_x, needs_A, needs_B, needs_bias, needs_out_scale)
+    check_lora_linear_backward(grad, x, weight, needs, *operands)
     grads = lora_linear_backward(grad, x, weight, *operands, needs, backend)
     return tuple(_or_empty(g, x) for g in grads)
 

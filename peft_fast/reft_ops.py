@@ -84,6 +84,38 @@ def check_loreft(
             raise ValueError(f"{name}: expected device {h.device} (h's), got {tensor.device}")
 
 
+def check_loreft_backward(
+    grad: Tensor,
+    kept: Tensor,
+    rows: Tensor | None,
+    projection: Tensor,
+    bias: Tensor | None,
+    basis: Tensor,
+    z: Tensor,
+    dropout_mask: Tensor | None,
+    dropout_p: float,
+    _drop_state: bool,
+    act: str,
+) -> None:
+    """As `check_loreft`, of what the op is given by others than the formula."""
+    check_loreft(grad, None, rows, projection, bias, basis, dropout_mask, dropout_p, act)
+    _check_rows(rows, math.prod(grad.shape[:-1]))
+    m = math.prod(grad.shape[:-1]) if rows is None else rows.shape[0]
+    for name, tensor, width, dtype in (
+        ("kept", kept, grad.shape[-1], grad.dtype),
+        ("z", z, projection.shape[0], projection.dtype),
+    ):
+        ops.check_operand(name, tensor, grad.device, (dtype,))
+        if math.prod(tensor.shape[:-1]) != m or tensor.shape[-1:] != (width,):
+            raise ValueError(f"{name}: expected [m, {width}] = {[m, width]}, got {list(tensor.shape)}")
+
+
+def _check_rows(rows: Tensor | None, M: int) -> None:
+    # Where it needs no wait for a GPU.
+    if rows is not None and rows.device.type == "cpu" and rows.numel() and (top := rows.max()) >= M:
+        raise ValueError(f"rows: expected indices below M = {M}, got {int(top)}")
+
+
 @ops._as_given
 def loreft(
     h: Tensor,
@@ -104,9 +136,7 @@ def loreft(
     """
     check_loreft(h, residual, rows, projection, bias, basis, dropout_mask, dropout_p, act)
     states = ops._rows(h, h.shape[-1])
-    # Where it needs no wait for a GPU.
-    if rows is not None and rows.device.type == "cpu" and rows.numel() and (top := rows.max()) >= len(states):
-        raise ValueError(f"rows: expected indices below M = {len(states)}, got {int(top)}")
+    _check_rows(rows, len(states))
     out, z, kept = backends.implementation("loreft", "dense", h, backend)(
         states,
         residual if residual is None else ops._rows(residual, h.shape[-1]),
@@ -162,6 +192,7 @@ def loreft_backward(
 def _loreft_backward_op(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *operands, needs_h, needs_projection, needs_bias, needs_basis, backend = args
     needs = ReftNeeds(needs_h, needs_projection, needs_bias, needs_basis)
+    check_loreft_backward(grad, *operands)
     return tuple(ops._or_empty(g, grad) for g in loreft_backward(grad, *operands, needs, backend))
 
 

@@ -13,6 +13,25 @@ import pytest
 from cases import backends_of
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--endurance", action="store_true", help="run the long tests alone: many kills, steps and cases"
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "endurance: takes minutes; runs with --endurance alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    """`make endurance` runs the long tests, `make test` all others."""
+    long = config.getoption("endurance")
+    chosen = [item for item in items if (item.get_closest_marker("endurance") is not None) == long]
+    if len(chosen) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
