@@ -39,6 +39,7 @@ _HOME = {
     "accelerate": "swap",
     "convert": "conversion",
     "quantize": "quantization",
+    "to_packed": "quantization",
     "restore": "swap",
     "initialize": "initialization",
     "plain_lora": "initialization",
@@ -76,6 +77,7 @@ __all__ = [
     "plain_lora",
     "quantize",
     "restore",
+    "to_packed",
 ]
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ if TYPE_CHECKING:
     from .initialization import initialize, plain_lora
     from .modules import DoRALinear, LoRALinear
     from .packed_linear import PackedLinear
-    from .quantization import quantize
+    from .quantization import quantize, to_packed
     from .reft import LoReFT, LoReFTConfig, LoReFTLinear, ReftModel, get_reft_model
     from .swap import accelerate, restore
 

@@ -68,7 +68,7 @@ class TrainConfig:
         choices=("fp32", "bf16", "fp16"),
     )
     method: str = option("lora", "What to train.", choices=METHODS)
-    r: int | None = option(None, "Rank, or width, of the adapter.", minimum=1)
+    r: int | None = option(None, "Rank, or width, of the adapter.", minimum=1, maximum=2**31 - 1)
     alpha: float | None = option(None, "The adapter's output is scaled by alpha / r.", above=0)
     rslora: bool | None = option(None, "Scale by alpha / sqrt(r) instead.")
     dropout: float | None = option(
@@ -112,7 +112,9 @@ class TrainConfig:
     lr: float | None = option(None, "Peak learning rate of AdamW; falls linearly to zero.", above=0)
     warmup: float = option(0.06, "Fraction of the steps in which the rate rises.", minimum=0, maximum=1)
     weight_decay: float = option(0.0, "Weight decay of AdamW.", minimum=0)
-    seed: int = option(0, "Seed of the weights, the order of the data and dropout.", minimum=0)
+    seed: int = option(
+        0, "Seed of the weights, the order of the data and dropout.", minimum=0, maximum=2**32 - 1
+    )
     eval_every: int = option(50, "Steps between evaluations; one more follows the last step.", minimum=1)
     save_every: int = option(50, "Steps between checkpoints.", minimum=1)
 

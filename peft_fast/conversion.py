@@ -20,6 +20,7 @@ from . import backends
 from .base_models import HEADS
 from .functional import check_choice
 from .modules import is_linear4bit
+from .ops import check_number, check_probability
 from .quantization import Storage, check_unadapted, is_within, names_of, quantizable, replace
 from .reft import LoReFTConfig, get_reft_model
 from .swap import accelerate, reader_reason
@@ -114,6 +115,8 @@ def _config(
         raise ValueError(f"r: expected a positive integer, got {r!r}")
     options = {"lora_alpha": 2 * r, **options}
     config = _made(LoraConfig, r=r, target_modules=target_modules, use_dora=method == "dora", **options)
+    check_number("lora_alpha", config.lora_alpha)
+    check_probability("lora_dropout", config.lora_dropout)
     if target_modules == "all-linear":
         modules, saved = dict(model.named_modules()), _saved(config)
         linear = (name for name, module in modules.items() if isinstance(module, nn.Linear))

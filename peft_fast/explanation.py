@@ -27,6 +27,8 @@ def explain(module: nn.Module) -> str:
     For a fused layer, a LoRA, VeRA or IA3 layer of PEFT, a `LoRALinear`, `DoRALinear`, `AdapterLinear` or
     `LoReFT`; for a model, for each, with the reasons why other backends are unavailable once, at the end.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
     if isinstance(module, EXPLAINED):
         text, unavailable = _explain_layer(module)
         lines = [f"backend {name} is unavailable: {reason}" for name, reason in unavailable.items()]

@@ -38,6 +38,7 @@ from .errors import UnsupportedWeight
 
 DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _STORED_DTYPES = (*DENSE_DTYPES, torch.float64)
+_INT = frozenset((int,))
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 # The bit patterns are the specification (bitsandbytes' get_4bit_type); a test compares them bit for bit.
@@ -86,9 +87,10 @@ class QuantizedWeight(NamedTuple):
             raise UnsupportedWeight(f"weight: expected a tensor, got {type(self.weight).__name__}")
         if not isinstance(self.format, str) or self.format not in FORMATS:
             raise UnsupportedWeight(f"format: expected one of {sorted(FORMATS)}, got {self.format!r}")
-        for name, size in zip(self._fields[-4:], self[-4:], strict=True):
-            if not isinstance(size, int | torch.SymInt):
-                raise UnsupportedWeight(f"{name}: expected an integer, got {size!r}")
+        if not _INT.issuperset(map(type, self[-4:])):
+            for name, size in zip(self._fields[-4:], self[-4:], strict=True):
+                if not isinstance(size, int | torch.SymInt):
+                    raise UnsupportedWeight(f"{name}: expected an integer, got {size!r}")
         FORMATS[self.format].check(self)
         return self
 

@@ -256,10 +256,8 @@ class LoRALinear(LowRankLinear):
 
     Y = X·Ŵᵀ + s·(drop(X)·Aᵀ·Bᵀ + lora_bias) + bias,  s = alpha/r, or alpha/√r with `use_rslora`.
 
-    A new layer equals its base. State-dict keys: `base_layer.*` (the owner's own), `lora_A`, `lora_B`,
-    `lora_bias`.
-
-    Make one with `from_linear`, which names the arguments.
+    A new layer, made by `from_linear`, equals its base. State-dict keys: `base_layer.*` (the owner's own),
+    `lora_A`, `lora_B`, `lora_bias`.
     """
 
     def __init__(self, *shared: Any, lora_bias: bool) -> None:
@@ -324,9 +322,7 @@ class DoRALinear(LowRankLinear):
     layer equals its base. State-dict keys: `base_layer.*`, `lora_A`, `lora_B`, `magnitude`.
 
     The norm is computed when A, B or the weight has changed, not at every forward; see `norm_cache`, which
-    also says which writes need `reset_norm`.
-
-    Make one with `from_linear`, which names the arguments.
+    also says which writes need `reset_norm`. `from_linear` makes a layer.
     """
 
     def __init__(self, *shared: Any, dropout: str, norm_grad: str) -> None:

@@ -124,24 +124,25 @@ def check_lora_linear(
 ) -> None:
     """Raises ValueError or TypeError naming the argument, the expected and the received."""
     N, K = weight.out_features, weight.in_features
-    if not isinstance(weight.weight, Tensor):
-        check_tensor("weight", weight.weight)
-    device = weight.weight.device
+    stored = weight.weight
+    check_tensor("weight", stored)
+    device = stored.device
     check_operand("x", x, device)
-    if x.dtype != torch.float64 and weight.weight.dtype == torch.float64:
+    dtypes = FLOATING if x.dtype is torch.float64 else DENSE_DTYPES
+    if stored.dtype is torch.float64 and dtypes is not FLOATING:
         raise TypeError(f"x: expected torch.float64, the dtype of the weight, got {x.dtype}")
-    dtypes = FLOATING if x.dtype == torch.float64 else DENSE_DTYPES
     check_operand("lora_A", lora_A, device, dtypes)
     check_operand("lora_B", lora_B, device, dtypes)
     if bias is not None:
         check_operand("bias", bias, device, dtypes)
-    if x.dim() < 1 or x.shape[-1] != K:
-        raise ValueError(f"x: expected [..., K] = [..., {K}], got {list(x.shape)}")
-    if lora_A.dim() != 2 or lora_A.shape[1] != K:
-        raise ValueError(f"lora_A: expected [R, K] = [*, {K}], got {list(lora_A.shape)}")
-    R = lora_A.shape[0]
-    if lora_B.dim() != 2 or lora_B.shape[0] != N or lora_B.shape[1] != R:
-        raise ValueError(f"lora_B: expected [N, R] = [{N}, {R}], got {list(lora_B.shape)}")
+    # Each shape is read once: this runs at every forward.
+    rows, a, b = x.shape, lora_A.shape, lora_B.shape
+    if not rows or rows[-1] != K:
+        raise ValueError(f"x: expected [..., K] = [..., {K}], got {list(rows)}")
+    if len(a) != 2 or a[1] != K:
+        raise ValueError(f"lora_A: expected [R, K] = [*, {K}], got {list(a)}")
+    if len(b) != 2 or b[0] != N or b[1] != a[0]:
+        raise ValueError(f"lora_B: expected [N, R] = [{N}, {a[0]}], got {list(b)}")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != N):
         raise ValueError(f"bias: expected [N] = [{N}], got {list(bias.shape)}")
     check_probability("dropout_p", dropout_p)
@@ -203,10 +204,11 @@ def check_tensors(
     x: Tensor, weight: QuantizedWeight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
 ) -> None:
     """That the operands are tensors; what else they have to be, `check_lora_linear` says."""
-    named = (("x", x), ("weight", weight.weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias))
-    for name, tensor in named:
-        if not isinstance(tensor, Tensor) and (tensor is not None or name != "bias"):
+    if not _PLAIN.issuperset(map(type, (x, weight.weight, lora_A, lora_B))):
+        for name, tensor in (("x", x), ("weight", weight.weight), ("lora_A", lora_A), ("lora_B", lora_B)):
             check_tensor(name, tensor)
+    if bias is not None:
+        check_tensor("bias", bias)
 
 
 def check_subspace(

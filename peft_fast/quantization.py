@@ -21,7 +21,7 @@ from .fused_layer import observed
 from .modules import LowRankLinear, is_linear4bit, is_linear8bit
 from .packed_linear import PackedLinear
 from .packing import PACKINGS
-from .swap import reader_reason
+from .swap import check_module, reader_reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,6 +132,8 @@ class Storage(NamedTuple):
     def check(self) -> Storage:
         """Returns self; raises `ValueError` or `TypeError` for what is not known."""
         check_choice("quant", self.quant, BITSANDBYTES)
+        if not isinstance(self.double_quant, bool):
+            raise TypeError(f"double_quant: expected True or False, got {self.double_quant!r}")
         if self.blocksize not in BLOCK_SIZES:
             raise ValueError(f"blocksize: expected one of {BLOCK_SIZES}, got {self.blocksize!r}")
         if self.compute_dtype not in (None, *DENSE_DTYPES):
@@ -173,6 +175,7 @@ def check_unadapted(model: nn.Module) -> None:
     """Raises `UnsupportedLayer` where `model` has adapters, of PEFT or of this library."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    check_module(model)
     for name, module in model.named_modules():
         of_peft = isinstance(module, BaseTunerLayer)
         if of_peft or isinstance(module, LowRankLinear | AdapterLinear):

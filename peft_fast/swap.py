@@ -76,6 +76,7 @@ def accelerate(
     if isinstance(methods, str) or not methods or not set(methods) <= set(ALL):
         raise ValueError(f"methods: expected a tuple of {ALL}, got {methods!r}")
     backends.check_name(backend)
+    check_module(model)
     modules = dict(model.named_modules())
     rows = []
     for name, module in modules.items():
@@ -113,12 +114,19 @@ def accelerate(
 
 def restore(model: nn.Module) -> int:
     """Undoes `accelerate`: every layer gets back its class. Returns how many were fused."""
+    check_module(model)
     count = 0
     for module in model.modules():
         count += _restore_layer(module)
         if module.__dict__.pop(_REPACKED_BEFORE, False):
             allow_repacking(module)
     return count
+
+
+def check_module(model: object) -> None:
+    """Raises TypeError unless `model` is an `nn.Module`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
 
 
 def _restore_layer(layer: Any) -> bool:

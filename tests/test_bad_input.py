@@ -10,6 +10,7 @@ from bad_input import (
     FUNCTIONS,
     LOW_RANK_OPTIONS,
     METHOD_OPTIONS,
+    NAN,
     RANK,
     REFT_OPTIONS,
     D,
@@ -23,6 +24,7 @@ from cases import backends_of, make_weight
 from torch import nn
 
 from peft_fast import (
+    AdapterConfig,
     AdapterLinear,
     BackendUnavailable,
     DoRALinear,
@@ -31,8 +33,16 @@ from peft_fast import (
     LoReFTLinear,
     UnsupportedLayer,
     UnsupportedWeight,
+    accelerate,
+    convert,
+    explain,
+    get_adapter_model,
+    get_reft_model,
     native,
+    quantize,
+    restore,
 )
+from peft_fast.config import TrainConfig
 
 TYPED = (ValueError, TypeError, BackendUnavailable)
 BACKENDS = ("auto", *backends_of("lora_linear", "nf4"))
@@ -189,3 +199,47 @@ def test_options_of_methods(method, option, value):
 @pytest.mark.parametrize(("option", "value"), REFT_OPTIONS, ids=repr)
 def test_options_of_edits(option, value):
     refused(lambda: LoReFTConfig(**{option: value}), option)
+
+
+MODEL_CALLS = {
+    "quantize": quantize,
+    "convert": convert,
+    "accelerate": accelerate,
+    "restore": restore,
+    "explain": explain,
+    "get_adapter_model": lambda model: get_adapter_model(model, AdapterConfig("ia3")),
+    "get_reft_model": lambda model: get_reft_model(model, LoReFTConfig(r=4)),
+}
+
+
+@pytest.mark.parametrize("call", MODEL_CALLS)
+@pytest.mark.parametrize("given", [None, "model", [nn.Linear(K, N)], nn.Linear], ids=repr)
+def test_what_is_no_model(call, given):
+    refused(lambda: MODEL_CALLS[call](given), "module" if call == "explain" else "model")
+
+
+@pytest.mark.parametrize(
+    ("call", "option", "value"),
+    [
+        (convert, "lora_dropout", float("nan")),
+        (convert, "lora_dropout", 1.5),
+        (convert, "lora_alpha", float("inf")),
+        (convert, "double_quant", "yes"),
+        (convert, "r", 0),
+        (convert, "backend", "gpu"),
+        (quantize, "double_quant", "yes"),
+        (quantize, "blocksize", 48),
+        (quantize, "quant", "nf5"),
+        (accelerate, "backend", "gpu"),
+    ],
+)
+def test_options_for_models(call, option, value):
+    model = nn.Sequential(nn.Linear(K, N), nn.ReLU(), nn.Linear(N, K))
+    before = state_of(model)
+    refused(lambda: call(model, **{option: value}), option)
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize(("option", "value"), [("r", 2**70), ("seed", 2**40), ("seed", -1), ("lr", NAN)])
+def test_options_of_training(option, value):
+    refused(lambda: TrainConfig(**{option: value}), option)

@@ -14,7 +14,7 @@ from peft_fast.training_methods import TRAINING_METHODS, default_text
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r": 0}, "r: expected at least 1, got 0"),
+        ({"r": 0}, "r: expected at least 1 and at most 2147483647, got 0"),
         ({"r": 2.5}, "r: expected int, got 2.5"),
         ({"r": True}, "r: expected int, got True"),
         ({"lr": "fast"}, "lr: expected float, got 'fast'"),
