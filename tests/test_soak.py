@@ -20,6 +20,8 @@ pytestmark = [
 MIB_PER_1000_STEPS = 0.05
 BLOCKS_PER_STEP = 0.5
 """Of Python's allocator; one object that stays at every step would be at least 1."""
+BLOCKS_PER_EARLY_STEP = 5
+"""In the first hundreds of steps, in which much is made once; one that stays for each layer would be 14."""
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -29,7 +31,7 @@ def test_three_hundred_steps_keep_nothing(method, tmp_path):
     assert found["last_loss"] < found["first_loss"]
     assert found["calls"]
     assert not found["grown"]
-    assert found["blocks_per_step"] < BLOCKS_PER_STEP
+    assert found["blocks_per_step"] < BLOCKS_PER_EARLY_STEP
 
 
 @pytest.mark.endurance
