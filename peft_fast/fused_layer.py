@@ -180,6 +180,9 @@ def module_reason(name: str, module: Any, expected: type) -> str | None:
     kind: type = type(module)
     if kind is not expected:
         return f"{name} is a {kind.__name__}, not a plain {expected.__name__}"
+    weight = module._parameters.get("weight")
+    if type(weight) in _PLAIN_TENSORS and weight.dtype in _ADAPTER_DTYPES:
+        return observed(name, module)
     return tensor_reason(f"the weight of {name}", module.weight) or observed(name, module)
 
 

@@ -37,13 +37,11 @@ class FusedLora(FusedLayer):
     r: dict[str, int]
 
     def fused(self, x: Tensor, active: list[str]) -> Tensor:
-        adapter, modules = active[0], self._modules
-        base: Any = modules["base_layer"]
-        part: dict[str, Any] = {name: modules[name]._modules for name in _DORA_PARTS}  # type: ignore[union-attr]
-        linear_B = part["lora_B"][adapter]
-        lora_A, lora_B, lora_bias = part["lora_A"][adapter].weight, linear_B.weight, linear_B.bias
-        scaling = self.scaling[adapter]
-        dropout: Any = modules["lora_dropout"]._modules[adapter]  # type: ignore[union-attr]
+        adapter = active[0]
+        modules: dict[str, Any] = self._modules
+        base, linear_B = modules["base_layer"], modules["lora_B"]._modules[adapter]
+        lora_A, lora_B, lora_bias = modules["lora_A"]._modules[adapter].weight, linear_B.weight, linear_B.bias
+        scaling, dropout = self.scaling[adapter], modules["lora_dropout"]._modules[adapter]
         p = dropout_p(dropout)
         if adapter in self.lora_variant:
             return fused_dora_forward(
@@ -51,7 +49,7 @@ class FusedLora(FusedLayer):
                 x,
                 lora_A,
                 lora_B,
-                part["lora_magnitude_vector"][adapter].weight,
+                modules["lora_magnitude_vector"]._modules[adapter].weight,
                 self.norms,
                 scaling=scaling,
                 dropout_p=p,
