@@ -54,3 +54,16 @@ def test_the_triton_kernels_import_as_a_subpackage():
     assert (
         run("import peft_fast.triton_kernels as t; print(t.__name__)").strip() == "peft_fast.triton_kernels"
     )
+
+
+def test_a_source_distribution_has_all_that_a_build_and_its_tests_take(tmp_path):
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    (listed,) = tmp_path.rglob("SOURCES.txt")
+    packed = {line.replace("\\", "/") for line in listed.read_text().splitlines()}
+    parts = ("bench", "csrc", "docs", "examples", "kernels", "peft_fast", "tests")
+    there = {file.relative_to(ROOT) for part in parts for file in (ROOT / part).rglob("*") if file.is_file()}
+    made = {file for file in there if "__pycache__" in file.parts or file.suffix in (".pyc", ".so")}
+    assert {str(file) for file in there - made} - packed == set()
+    assert {str(file) for file in made} & packed == set()
+    assert {"Makefile", "constraints.txt", "setup.py", "pyproject.toml"} <= packed
