@@ -36,6 +36,7 @@ _HOME = {
     "get_reft_model": "reft",
     "PackedLinear": "packed_linear",
     "PeftFastCallback": "callback",
+    "TrainerCheckpoints": "trainer_checkpoints",
     "accelerate": "swap",
     "convert": "conversion",
     "quantize": "quantization",
@@ -60,6 +61,7 @@ __all__ = [
     "QuantizedWeight",
     "ReftModel",
     "SharedFactors",
+    "TrainerCheckpoints",
     "UnsupportedLayer",
     "UnsupportedWeight",
     "accelerate",
@@ -96,6 +98,7 @@ if TYPE_CHECKING:
     from .quantization import quantize, to_packed
     from .reft import LoReFT, LoReFTConfig, LoReFTLinear, ReftModel, get_reft_model
     from .swap import accelerate, restore
+    from .trainer_checkpoints import TrainerCheckpoints
 
 
 def __getattr__(name: str) -> Any:

@@ -15,20 +15,16 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
-from . import base_models, tasks
-from .adapter_model import AdapterModel
-from .files import check_tensors, copy_tensors, read_tensors, write_tensors
-from .reft import ReftModel
+from . import tasks
+from .trainer_checkpoints import TrainerCheckpoints
 
 COMPLETE = "complete"
 """A file that a checkpoint gets last: without it the job was killed while writing."""
-PROMPT_ENCODER = "prompt_encoder.safetensors"
 
 
 def length(features: tasks.Features) -> int:
@@ -71,11 +67,8 @@ class LengthGroupedSampler(Sampler[int]):
         yield from order[full * self.batch_size :]
 
 
-class AdapterTrainer(Trainer):
+class AdapterTrainer(TrainerCheckpoints, Trainer):
     """A `Trainer` with batches of one length, whose checkpoints hold all that is trained, bit for bit.
-
-    transformers saves and loads PEFT's adapters by itself. What it does not know, or not whole, is added:
-    `AdapterModel`, `ReftModel` and its head, and of PEFT's prompt methods the encoder that makes the tokens.
 
     Args:
         lora_plus_ratio: the learning rate of lora_B over that of lora_A, as in LoRA+ (arXiv 2402.12354).
@@ -113,38 +106,6 @@ class AdapterTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         lengths = [length(features) for features in typing.cast(list[tasks.Features], self.train_dataset)]
         return LengthGroupedSampler(lengths, self.args.train_batch_size, self.args.seed)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
-        directory = self.args.output_dir if output_dir is None else output_dir
-        assert directory is not None
-        if isinstance(self.model, ReftModel):
-            base_models.save_head(self.model, Path(directory))
-        elif tensors := _prompt_encoder(self.model):
-            write_tensors(Path(directory, PROMPT_ENCODER), tensors)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        model = self.model if model is None else model
-        directory = Path(resume_from_checkpoint)
-        if isinstance(model, ReftModel):
-            model.load_edits(directory)
-            base_models.load_head(model, directory)
-        elif isinstance(model, AdapterModel):
-            model.load_adapter(directory)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            if own := _prompt_encoder(model):
-                stored = read_tensors(directory / PROMPT_ENCODER, "the prompt encoder of a model")
-                check_tensors(directory / PROMPT_ENCODER, stored, own)
-                copy_tensors(stored, own)
-
-
-def _prompt_encoder(model: Any) -> dict[str, Tensor]:
-    """What PEFT's prompt methods train; their adapter files hold what it computes."""
-    encoder = getattr(model, "prompt_encoder", None)
-    return {} if encoder is None else {name: p.detach() for name, p in encoder.named_parameters()}
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
