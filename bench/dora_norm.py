@@ -33,8 +33,9 @@ import torch
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils.integrations import dequantize_module_weight
 from peft_fast.bench import layers, measure
-from peft_fast.bench.layers import SCALING, Operands, Shape, linear4bit, make_operands
+from peft_fast.bench.layers import Operands, Shape, linear4bit, make_operands
 from peft_fast.bench.lora_linear import append
+from peft_fast.bench.methods import SCALING
 from torch import Tensor
 
 from peft_fast import dora

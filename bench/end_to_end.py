@@ -40,9 +40,10 @@ from typing import NamedTuple
 
 import torch
 from peft_fast.bench import layers, measure
-from peft_fast.bench.layers import DTYPES, METHODS, SCALING, to_nf4
+from peft_fast.bench.layers import DTYPES, to_nf4
 from peft_fast.bench.lora_linear import append
 from peft_fast.bench.measure import Timing
+from peft_fast.bench.methods import LOW_RANK, SCALING
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -189,7 +190,7 @@ def make_own(packed: nn.Module, method: str, args: argparse.Namespace) -> nn.Mod
     for parent in list(model.modules()):
         for name, linear in list(parent.named_children()):
             if name in PROJECTIONS:
-                adapted = METHODS[method].from_linear(linear, r=args.rank, lora_alpha=SCALING * args.rank)
+                adapted = LOW_RANK[method].from_linear(linear, r=args.rank, lora_alpha=SCALING * args.rank)
                 setattr(parent, name, adapted)
     return start(model)
 
@@ -360,7 +361,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tokens", type=int, default=2048, help="of each row of the batch")
     add("--rank", type=int, default=16, metavar="R")
     add("--lr", type=float, default=1e-3)
-    add("--methods", choices=(*METHODS, "loreft"), nargs="+", default=[*METHODS, "loreft"])
+    add("--methods", choices=(*LOW_RANK, "loreft"), nargs="+", default=[*LOW_RANK, "loreft"])
     add("--checkpointing", choices=("off", "on"), nargs="+", default=["off"],
         help="recompute each layer's forward in the backward; a block of rows each")
     add("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")

@@ -1,9 +1,9 @@
 """The layers that benchmarks time, all made of the same operands, and what they must compute.
 
-`dense` is a frozen `nn.Linear`, `peft` PEFT's own 4-bit layer on a bitsandbytes `Linear4bit` (its generic one
-on a dense weight), `unsloth` that layer run by Unsloth's function for one adapted linear layer, `ours` a
-`LoRALinear` or `DoRALinear` over the same bytes, by default nested NF4; adapters are equal, in fp32, without
-bias.
+`dense` is a frozen `nn.Linear`, `peft` PEFT's own layer on a bitsandbytes `Linear4bit` or `Linear8bitLt` (its
+generic one on a dense weight), `accelerated` that layer after `peft_fast.accelerate`, `unsloth` it run by
+Unsloth's function for one adapted linear layer, `ours` this library's layer over the same bytes, by default
+nested NF4; adapters are equal, in fp32, without bias. bench/methods.py has what each method makes of them.
 
 Peers are optional: `missing` says why one cannot run. Without bitsandbytes a weight is packed here.
 """
@@ -13,18 +13,21 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import importlib.util
 import types
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
 from peft_fast.bench.measure import Step
+from peft_fast.bench.methods import METHODS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peft_fast import reference
-from peft_fast.formats import code_table, from_dense, from_linear
-from peft_fast.modules import DoRALinear, LoRALinear
+import peft_fast
+from peft_fast import packing, reference
+from peft_fast.formats import QuantizedWeight, code_table, from_dense, from_linear
+from peft_fast.packed_linear import PackedLinear
 
 try:
     import bitsandbytes as bnb
@@ -34,14 +37,15 @@ except ImportError:
 NEEDS: dict[str, tuple[str, ...]] = {
     "dense": (),
     "peft": ("peft", "bitsandbytes"),
+    "accelerated": ("peft", "bitsandbytes"),
     "unsloth": ("unsloth", "peft", "bitsandbytes"),
     "ours": (),
 }
 """The packages that each kind of provider is made of."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-METHODS = {"lora": LoRALinear, "dora": DoRALinear}
-SCALING = 2.0
+OURS_ALONE = ("fp8", "mxfp4")
+"""The packed formats that bitsandbytes has no layer for."""
 
 
 class Provider(NamedTuple):
@@ -67,31 +71,42 @@ class Shape(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What every layer is made of: W [N, K] fp32, its packed form, A [R, K], B [N, R], magnitude [N] fp32.
+    """What every layer is made of: W [N, K] fp32, its packed form, and the adapters of all methods in fp32.
 
-    `packed` is None where the frozen weight is W itself, in the dtype of the activations.
+    `packed` is None where the frozen weight is W itself, in the dtype of the activations. A [R, K] and
+    B [N, R] are VeRA's frozen ones too; DoRA's magnitude is [N], VeRA's b [N] and d [R], IA3's γ [N, 1] or
+    [1, K].
     """
 
     dense: Tensor
-    packed: Tensor | None
+    packed: Tensor | QuantizedWeight | None
     lora_A: Tensor
     lora_B: Tensor
     magnitude: Tensor
+    lambda_b: Tensor
+    lambda_d: Tensor
+    gamma_out: Tensor
+    gamma_in: Tensor
 
 
 def make_operands(shape: Shape, format: str = "nf4", nested: bool = True) -> Operands:
     """The same random operands at every call; the magnitude is not the norm of any weight.
 
-    `format` is "nf4", "fp4" or "dense"; without bitsandbytes, nested NF4 or dense.
+    `format` is one of `formats.FORMATS`; without bitsandbytes, of 4-bit ones nested NF4 or mxfp4.
     """
     K, N, R, device = shape
     generator = torch.Generator().manual_seed(0)
     dense = (torch.randn(N, K, generator=generator) / K**0.5).to(device)
     lora_A = torch.randn(R, K, generator=generator) / K**0.5
-    lora_B = torch.randn(N, R, generator=generator) / R**0.5
-    magnitude = 0.5 + torch.rand(N, generator=generator)
-    packed = None if format == "dense" else pack(dense, format, nested)
-    return Operands(dense, packed, *(t.to(device) for t in (lora_A, lora_B, magnitude)))
+    lora_B = torch.randn(N, R, generator=generator) / max(R, 1) ** 0.5
+    sizes = (N,), (N,), (R,), (N, 1), (1, K)
+    vectors = [0.5 + torch.rand(size, generator=generator) for size in sizes]
+    packed: Tensor | QuantizedWeight | None = None
+    if format in packing.PACKINGS:
+        packed = packing.pack(dense, format)
+    elif format != "dense":
+        packed = pack(dense, format, nested)
+    return Operands(dense, packed, *(t.to(device) for t in (lora_A, lora_B, *vectors)))
 
 
 @functools.cache
@@ -122,42 +137,44 @@ def make_layer(provider: Provider, operands: Operands, dropout: float = 0.0) -> 
     dtype = DTYPES[provider.dtype]
     if provider.kind == "dense":
         return dense_linear(operands, dtype)
-    base, R = base_linear(operands, dtype), operands.lora_A.shape[0]
-    dora = provider.method == "dora"
-    trained: tuple[Any, ...]
+    base, R, row = base_linear(operands, dtype), operands.lora_A.shape[0], METHODS[provider.method]
     if provider.kind == "ours":
-        make = METHODS[provider.method].from_linear
-        layer = make(base, r=R, lora_alpha=SCALING * R, lora_dropout=dropout, backend=provider.backend)
-        trained = layer.lora_A, layer.lora_B, *([layer.magnitude] if dora else [])
+        layer = row.ours(base, R, dropout, provider.backend)
     else:
-        layer = peft_layer(base, R, dora, dropout)
-        trained = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        trained += (layer.lora_magnitude_vector["default"].weight,) if dora else ()
-        if provider.kind == "unsloth":
-            layer = Unsloth(layer)
-    for parameter, value in zip(trained, operands[2:], strict=False):
-        parameter.data.copy_(value)
-    return layer
+        layer = peft_layer(base, row.peft(R, dropout), accelerated=provider.kind == "accelerated")
+    row.fill(layer, operands)
+    return Unsloth(layer) if provider.kind == "unsloth" else layer
 
 
-def peft_layer(base: nn.Linear, R: int, dora: bool, dropout: float) -> nn.Module:
-    """The layer that PEFT makes for `base` in a model that was loaded as `base` is, in 4 bits or dense.
+LOADED = {"Linear4bit": "is_loaded_in_4bit", "Linear8bitLt": "is_loaded_in_8bit"}
+"""What transformers sets on models of these layers; without it PEFT takes its generic layer."""
+
+
+def peft_layer(base: nn.Linear, config: Any, accelerated: bool = False) -> nn.Module:
+    """The layer that PEFT makes for `base` in a model that was loaded as `base` is, in 4 or 8 bits or dense.
+
+    `accelerated` after `peft_fast.accelerate`.
 
     Raises:
         TypeError: PEFT made another one.
     """
     import peft
 
-    model, quantized = nn.Sequential(base), type(base) is not nn.Linear
-    model.is_loaded_in_4bit = quantized  # transformers sets it; without it PEFT takes its generic layer
-    config = peft.LoraConfig(
-        r=R, lora_alpha=SCALING * R, lora_dropout=dropout, target_modules=["0"], use_dora=dora
-    )
+    model, kind = nn.Sequential(base), type(base).__name__
+    home, quantized = f"peft.tuners.{config.peft_type.value.lower()}", kind in LOADED
+    if quantized:
+        setattr(model, LOADED[kind], True)
+    # PEFT asks the first parameter of a model for its device, and a packed layer of ours has none.
+    model.register_parameter("other", nn.Parameter(torch.empty(0, device=base.weight.device)))
     layer = peft.get_peft_model(model, config).base_model.model[0]
-    home = importlib.import_module(f"peft.tuners.lora.{'bnb' if quantized else 'layer'}")
-    expected = home.Linear4bit if quantized else home.Linear
+    if quantized and importlib.util.find_spec(f"{home}.bnb"):
+        expected = getattr(importlib.import_module(f"{home}.bnb"), kind)
+    else:
+        expected = importlib.import_module(f"{home}.layer").Linear
     if type(layer) is not expected:
         raise TypeError(f"peft: expected it to make {expected.__name__}, got {type(layer).__name__}")
+    if accelerated:
+        peft_fast.accelerate(model, strict=True)
     return layer
 
 
@@ -184,12 +201,27 @@ def dense_linear(operands: Operands, dtype: torch.dtype) -> nn.Linear:
 
 def base_linear(operands: Operands, dtype: torch.dtype) -> nn.Linear:
     """The frozen layer that adapters are put on."""
-    return dense_linear(operands, dtype) if operands.packed is None else linear4bit(operands, dtype)
+    if operands.packed is None:
+        return dense_linear(operands, dtype)
+    if isinstance(operands.packed, QuantizedWeight):
+        return packed_linear(operands.packed, dtype)
+    return linear4bit(operands, dtype)
+
+
+def packed_linear(weight: QuantizedWeight, dtype: torch.dtype) -> nn.Linear:
+    """A view of a packed weight: a `Linear8bitLt` for int8, where bitsandbytes is; else a `PackedLinear`."""
+    if bnb is None or weight.format != "int8":
+        return PackedLinear(weight, dtype=dtype)
+    N, K = weight.weight.shape
+    layer = bnb.nn.Linear8bitLt(K, N, bias=False, has_fp16_weights=False, device="meta")
+    scales = {"CB": weight.weight, "SCB": weight.absmax}
+    layer.weight = bnb.nn.Int8Params(weight.weight, requires_grad=False, **scales)
+    return layer
 
 
 def linear4bit(operands: Operands, dtype: torch.dtype) -> nn.Linear:
     """A view of the packed weight, with the state that a model loaded in `dtype` has."""
-    assert operands.packed is not None, "the operands are dense"
+    assert isinstance(operands.packed, Tensor), "the operands are not in 4 bits of bitsandbytes"
     N, K = operands.dense.shape
     return nf4_linear(operands.packed, K, N, dtype)
 
@@ -269,8 +301,8 @@ def make_step(provider: Provider, layer: nn.Module, shape: Shape, M: int) -> Ste
 
 
 def results(method: str) -> tuple[str, ...]:
-    """What a step of a method computes: the output, and the gradients of X, A, B and of the magnitude m."""
-    return ("y", "dX", "dA", "dB", *(["dm"] if method == "dora" else []))
+    """What a step of a method computes: the output, and the gradients of X and of what it trains."""
+    return ("y", "dX", *METHODS[method].trained)
 
 
 def exact_weight(operands: Operands, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -288,30 +320,35 @@ def by_reference(
 ) -> dict[str, Tensor]:
     """The definition in the dtype of `weight` [N, K]: all in fp64, or with fp32 adapters, norms and sums.
 
+    The gradients of the op's operands are those of `reference`, autograd takes them on to what is trained.
+
     `mask` is that of the op `dropout_mask`, for the probability `dropout`.
     """
-    dtype = weight.dtype
+    dtype, row = weight.dtype, METHODS[method]
     acc = reference.accumulation_dtype(dtype)
-    x, grad = step.x.detach().to(dtype), step.grad.to(dtype)
-    A, B, m = (t.to(acc) for t in operands[2:])
-    norm = scale = None
-    if method == "dora":
-        norm = torch.linalg.vector_norm(weight.to(acc) + SCALING * B @ A, dim=1)
-        scale = m / norm
-    dense = from_dense(weight)
-    y, z = reference.lora_linear(x, dense, None, A, B, mask, scale, SCALING, dropout)
-    needs = reference.Needs(x=True, lora_A=True, lora_B=True, bias=False, out_scale=norm is not None)
-    grads = reference.lora_linear_backward(
-        grad, x, dense, A, B, z, mask, scale, None, y, SCALING, dropout, needs
-    )
-    values = [y, grads.x, grads.lora_A, grads.lora_B]
-    if norm is not None:
-        values.append(grads.out_scale / norm)
-    return dict(zip(results(method), values, strict=True))
+    x, grad = step.x.detach().to(dtype).requires_grad_(), step.grad.to(dtype)
+    tensors = {name: t.detach().to(acc) for name, t in zip(Operands._fields[2:], operands[2:], strict=True)}
+    trained = [tensors[name].requires_grad_() for name in row.trained.values()]
+    terms = row.terms(x, weight, tensors)
+    N, K = weight.shape
+    A = x.new_empty(0, K, dtype=acc) if terms.lora_A is None else terms.lora_A
+    B = x.new_empty(N, 0, dtype=acc) if terms.lora_B is None else terms.lora_B
+    given, scale, s, dense = terms.x, terms.out_scale, terms.scaling, from_dense(weight)
+    parts = (given, A, B, None, scale)
+    needs = reference.Needs(*(part is not None and part.requires_grad for part in parts))
+    with torch.no_grad():
+        y, z = reference.lora_linear(given, dense, None, A, B, mask, scale, s, dropout)
+        grads = reference.lora_linear_backward(
+            grad, given, dense, A, B, z, mask, scale, None, y, s, dropout, needs
+        )
+    chained = [(part, of) for part, of, needed in zip(parts, grads, needs, strict=True) if needed]
+    outputs, cotangents = zip(*chained, strict=True)
+    values = torch.autograd.grad(outputs, (x, *trained), cotangents)
+    return dict(zip(results(method), (y, *values), strict=True))
 
 
 def by_layer(method: str, step: Step) -> dict[str, Tensor]:
-    """The same of an adapted layer, whose trained parameters are A, B and m in this order."""
+    """The same of an adapted layer, whose trained parameters are in the order of its row in METHODS."""
     y = step.run().detach()
     grads = [parameter.grad for parameter in step.layer.parameters() if parameter.requires_grad]
     return dict(zip(results(method), (y, step.x.grad, *grads), strict=True))

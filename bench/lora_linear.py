@@ -46,7 +46,6 @@ import torch
 from peft_fast.bench import layers, measure
 from peft_fast.bench.layers import (
     DTYPES,
-    METHODS,
     Operands,
     Provider,
     Shape,
@@ -55,6 +54,7 @@ from peft_fast.bench.layers import (
     make_step,
 )
 from peft_fast.bench.measure import Exactness, Memory, Step, Timing
+from peft_fast.bench.methods import LOW_RANK
 from torch import Tensor, nn
 
 from peft_fast import backends
@@ -284,7 +284,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"in- and out-features; may be given several times (default: {SHAPES})")
     add("--rows", type=int, nargs="+", default=ROWS, metavar="M", help="tokens (default: %(default)s)")
     add("--rank", type=int, default=16, metavar="R")
-    add("--method", choices=METHODS, nargs="+", default=["lora"], help="of peft and ours (default: lora)")
+    add("--method", choices=LOW_RANK, nargs="+", default=["lora"], help="of peft and ours (default: lora)")
     add("--providers", choices=(*PROVIDERS, ALONE), nargs="+", help=f"default: those of {PROVIDERS} that run")
     add("--dtype", choices=DTYPES, nargs="+", default=DENSE_DTYPES,
         help="activations of peft and ours; dense always runs in both of the default: %(default)s")

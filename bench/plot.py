@@ -24,16 +24,16 @@ from typing import Any
 from peft_fast.bench import plot_rows
 from peft_fast.bench.plot_rows import MACHINE, SETTINGS, Row, read
 from peft_fast.bench.providers import PEERS, is_dense
-from peft_fast.bench.registry import MEASURES
+from peft_fast.bench.registry import MEASURES, METHODS
 
 from peft_fast import plots
 
 RESULTS = Path("bench/results/suite.csv")
 STEP = "forward+backward"
-COLOURS = dict(zip(("ours", *PEERS), ("C0", "C1", "C2", "C3", "C4", "C5"), strict=True))
-MORE_COLOURS = ("C6", "C8", "C9", "black")
-METHOD_MARKERS = {"lora": "o", "dora": "s", "loreft": "^"}
-MARKERS = (*METHOD_MARKERS.values(), *"DvP*X")
+COLOURS = dict(zip(("ours", *PEERS, "accelerated"), (f"C{i}" for i in range(7)), strict=True))
+MORE_COLOURS = ("C8", "C9", "black", "navy")
+METHOD_MARKERS = dict(zip(METHODS, "osDvP^", strict=True))
+MARKERS = (*METHOD_MARKERS.values(), *"*X")
 LINES = ("-", "--", ":", "-.")
 DENSE = "0.6"
 FAINT, BAND_ALPHA = 0.25, 0.15

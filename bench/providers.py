@@ -1,16 +1,18 @@
 """Who computes a case: one row per provider, how to build its layer, and why it cannot run a case.
 
     dense-DTYPE    the frozen `nn.Linear` in that dtype: its fastest is the unit of every ratio
-    peft           PEFT's layer on bitsandbytes, eager: LoRA or DoRA
+    peft           PEFT's layer on bitsandbytes, eager: LoRA, DoRA, VeRA, IA3
     peft-compile   the same under torch.compile
+    accelerated    the same after `peft_fast.accelerate`
     pyreft         pyreft's intervention on the output of the base layer
     unsloth        PEFT's layer by Unsloth's function for one adapted linear layer
     torchao        torchao's NF4 tensor with plain low-rank products beside it, in the dtype of X
     liger          Liger-Kernel, which has no adapted linear layer up to now
-    ours           this library; `ours[NAME]` by that backend, `ours` by the one that it chooses
+    ours           this library's layer; `ours[NAME]` by that backend, `ours` by the one that it chooses
 
 All share the operands of bench/layers.py, apart from torchao, which quantizes W itself. To add a provider,
-write `cannot` and `layer` and add a row to `PROVIDERS`. Trained parameters come in the order A, B, magnitude.
+write `cannot` and `layer` and add a row to `PROVIDERS`. Trained parameters come in the order of the method's
+row in bench/methods.py.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from typing import Any, NamedTuple
 
 import torch
 from peft_fast.bench import layers
-from peft_fast.bench.layers import DTYPES, SCALING, Operands, Provider, base_linear, make_layer
+from peft_fast.bench.layers import DTYPES, Operands, Provider, base_linear, make_layer
+from peft_fast.bench.methods import SCALING
 from peft_fast.bench.registry import FORMATS, Case
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,7 +44,8 @@ class Entry(NamedTuple):
     """A row: `cannot(case, device)` says why it does not run a case, `layer` builds it in training mode.
 
     A provider that runs nothing has no `layer`. `dtype` is of the activations, None for the case's. A `peer`
-    may be as inexact as `measure.PEER_ERROR`; `compiled` ones take seconds to start.
+    may be as inexact as `measure.PEER_ERROR`; `compiled` ones take seconds to start. `backend` is what is
+    asked for, of ours.
     """
 
     cannot: Callable[[Case, str], str | None]
@@ -49,6 +53,7 @@ class Entry(NamedTuple):
     dtype: str | None = None
     peer: bool = True
     compiled: bool = False
+    backend: str | None = None
 
 
 # ---------------------------------------------------------------------------------------------------- dense
@@ -69,12 +74,18 @@ def _dense(dtype: str) -> Entry:
 # ----------------------------------------------------------------------------------------------------- PEFT
 
 
-def _peft_cannot(case: Case, device: str) -> str | None:
+def _no_peft_layer(case: Case) -> str | None:
     if case.op != "lora_linear":
         return f"PEFT has no {case.method}"
     if case.method == "dora" and case.dropout:
         return "PEFT's DoRA drops the input of the frozen layer too: another function"
     return layers.missing("peft")
+
+
+def _peft_cannot(case: Case, device: str) -> str | None:
+    if FORMATS[case.format].name in layers.OURS_ALONE:
+        return f"bitsandbytes has no {case.format} layer"
+    return _no_peft_layer(case)
 
 
 def _peft(case: Case, operands: Operands) -> nn.Module:
@@ -137,7 +148,7 @@ def _pyreft(case: Case, operands: Operands) -> nn.Module:
 
 
 def _unsloth_cannot(case: Case, device: str) -> str | None:
-    if case.method != "lora" or not FORMATS[case.format].nested or case.dropout:
+    if (case.method, case.format, case.dropout) != ("lora", "nf4-nested", 0):
         return "its kernels take LoRA over nested NF4 without dropout"
     return layers.missing("unsloth")
 
@@ -187,7 +198,7 @@ def _no_torchao() -> str | None:
 
 
 def _torchao_cannot(case: Case, device: str) -> str | None:
-    if case.method != "lora" or not FORMATS[case.format].nested:
+    if (case.method, case.format) != ("lora", "nf4-nested"):
         return "its NF4 tensor is nested, with plain LoRA beside it"
     if case.N * case.K % (64 * 256):
         return "its NF4 tensor takes whole groups of 256 blocks"
@@ -220,20 +231,32 @@ def _edited(case: Case, operands: Operands, backend: str) -> Any:
         return LoReFTLinear.from_linear(base_linear(operands, DTYPES[case.dtype]), config)
 
 
+def _unavailable(case: Case, device: str, backend: str) -> str | None:
+    try:
+        backend_of(case, device, backend)
+    except BackendUnavailable as error:
+        return str(error)
+    return None
+
+
 def _ours(backend: str) -> Entry:
     def cannot(case: Case, device: str) -> str | None:
-        try:
-            backend_of(case, device, backend)
-        except BackendUnavailable as error:
-            return str(error)
-        return None
+        return _unavailable(case, device, backend)
 
     def layer(case: Case, operands: Operands) -> nn.Module:
         if case.op == "loreft":
             return _edited(case, operands, backend)
         return make_layer(Provider("ours", case.dtype, case.method, backend), operands, case.dropout)
 
-    return Entry(cannot, layer, peer=False)
+    return Entry(cannot, layer, peer=False, backend=backend)
+
+
+def _accelerated_cannot(case: Case, device: str) -> str | None:
+    return _no_peft_layer(case) or _unavailable(case, device, "auto")
+
+
+def _accelerated(case: Case, operands: Operands) -> nn.Module:
+    return make_layer(Provider("accelerated", case.dtype, case.method), operands, case.dropout)
 
 
 PROVIDERS: dict[str, Entry] = {
@@ -244,6 +267,7 @@ PROVIDERS: dict[str, Entry] = {
     "unsloth": Entry(_unsloth_cannot, _unsloth),
     "torchao": Entry(_torchao_cannot, TorchAO),
     "liger": Entry(_liger_cannot, None),
+    "accelerated": Entry(_accelerated_cannot, _accelerated, peer=False, backend="auto"),
     "ours": _ours("auto"),
 }
 PEERS = ("peft", "peft-compile", "pyreft", "unsloth", "torchao")

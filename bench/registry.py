@@ -17,7 +17,7 @@ import fnmatch
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from peft_fast.bench import traffic
@@ -29,7 +29,7 @@ MEASURES = ("forward", "forward+backward", "dX")
 
 
 class Format(NamedTuple):
-    """The format of the frozen weight in `formats.FORMATS`, and whether its block scales are in 8 bits."""
+    """The format of the frozen weight in `formats.FORMATS`, and whether its block scales are coded too."""
 
     name: str
     nested: bool
@@ -39,26 +39,40 @@ FORMATS = {
     "nf4-nested": Format("nf4", True),
     "nf4": Format("nf4", False),
     "fp4": Format("fp4", False),
+    "mxfp4": Format("mxfp4", True),
+    "int8": Format("int8", False),
+    "fp8": Format("fp8", False),
     "dense": Format("dense", False),
 }
 
 
+RANKS = (8, 16, 64, 256, 13)
+
+
 class Method(NamedTuple):
-    """The op behind a method, what it is run over, and the layers it is put on; None for all."""
+    """The op behind a method, what it is run over, the layers it is put on, None for all, and its ranks."""
 
     op: str
     formats: tuple[str, ...]
     dropouts: tuple[float, ...]
     layers: tuple[str, ...] | None = None
+    ranks: tuple[int, ...] = RANKS
 
 
+SOME = ("nf4-nested", "int8", "dense")
 METHODS = {
     "lora": Method("lora_linear", tuple(FORMATS), (0.0, 0.1)),
     "dora": Method("lora_linear", tuple(FORMATS), (0.0, 0.1)),
+    "vera": Method("lora_linear", SOME, (0.0, 0.1)),
+    # Its vector is on the outputs; on the inputs in the layer that reads the inner activations.
+    "ia3": Method("lora_linear", SOME, (0.0,), ranks=(0,)),
+    "ia3-in": Method("lora_linear", SOME, (0.0,), ("down",), (0,)),
     # Every row of the output of a layer that writes to the residual stream is edited.
     "loreft": Method("loreft", ("nf4-nested", "dense"), (0.0,), ("o", "down")),
 }
-RANKS = (8, 16, 64, 256, 13)
+OUT_SCALE = ("dora", "ia3")
+"""Those that scale the output of the op."""
+
 ROWS = (1, 16, 128, 512, 2048, 8192, 333)
 
 
@@ -128,16 +142,15 @@ class Case(NamedTuple):
         )
 
     def __str__(self) -> str:
-        sizes = (f"{self.K}x{self.N}", f"R={self.R}", f"M={self.M}")
+        sizes = (f"{self.K}x{self.N}", *([f"R={self.R}"] if self.R else []), f"M={self.M}")
         dropout = (f"dropout={self.dropout:g}",) if self.dropout else ()
         return " ".join((self.method, self.format, *self.layers[:1], *sizes, self.dtype, *dropout))
 
     def problem(self) -> Problem:
         """As the strategies and the traffic model know it."""
         name, nested = FORMATS[self.format]
-        dora = self.method == "dora"
-        dtype, dropout = DTYPES[self.dtype], self.dropout > 0
-        return Problem(self.M, self.N, self.K, self.R, dtype, name, nested, dropout, dora)
+        dtype, dropout, out_scale = DTYPES[self.dtype], self.dropout > 0, self.method in OUT_SCALE
+        return Problem(self.M, self.N, self.K, self.R, dtype, name, nested, dropout, out_scale)
 
 
 @functools.cache
@@ -158,10 +171,10 @@ def _named(K: int, N: int) -> frozenset[str]:
 def cases() -> Iterator[Case]:
     """Every case of the registry; those on one weight follow each other."""
     for (K, N), names in _layers().items():
-        for format, method, R in itertools.product(FORMATS, METHODS, RANKS):
-            op, formats, dropouts, layers = METHODS[method]
+        for format, R, method in itertools.product(FORMATS, (0, *RANKS), METHODS):
+            op, formats, dropouts, layers, ranks = METHODS[method]
             fits = layers is None or any(name.rpartition(".")[2] in layers for name in names)
-            if format in formats and fits:
+            if format in formats and R in ranks and fits:
                 for M, dtype, dropout in itertools.product(ROWS, DTYPES, dropouts):
                     yield Case(op, format, method, K, N, R, M, dtype, dropout)
 
@@ -217,8 +230,25 @@ class Work(NamedTuple):
         return Work(*(sum(column) for column in zip(self, *others, strict=True)))
 
 
+def _of_factors(case: Case, s: traffic.Sizes) -> Work:
+    return Work(2.0 * case.M * case.R * (case.N + case.K), s.x + s.z + s.a + s.b)
+
+
+GRADIENTS: dict[str, Callable[[Case, traffic.Sizes], Work]] = {
+    "lora": _of_factors,
+    # Of the magnitude: Y again.
+    "dora": lambda case, s: _of_factors(case, s).plus(Work(0, s.y)),
+    # Of b: dYᵀ·Z, as for LoRA's B; of d: what is there for dX.
+    "vera": lambda case, s: Work(2.0 * case.M * case.R * case.N, s.z),
+    # Of the vector: Y, or X, again.
+    "ia3": lambda case, s: Work(0, s.y),
+    "ia3-in": lambda case, s: Work(0, s.x),
+}
+"""What the gradients of a method's parameters take beside dX; vectors themselves are not counted."""
+
+
 def work(case: Case) -> dict[str, Work]:
-    """Of the adapted layer, by measure. The gradients of a DoRA magnitude read Y again, those of LoReFT H."""
+    """Of the adapted layer, by measure. The gradients of LoReFT read H again."""
     M, N, K, R = case.M, case.N, case.K, case.R
     s = traffic.Sizes(case.problem(), traffic.DEVICES["H100"])  # sizes of operands are the same on each
     base, adapters, inputs = 2.0 * M * N * K, s.a + s.b, s.x + s.y
@@ -230,8 +260,7 @@ def work(case: Case) -> dict[str, Work]:
     low_rank = 2.0 * M * R * (N + K)
     forward = Work(base + low_rank, s.base + inputs + adapters + s.z + s.mask)
     to_x = Work(base + low_rank, s.base + inputs + adapters + s.mask)
-    y = s.y if case.method == "dora" else 0
-    return _measures(forward, to_x, Work(low_rank, s.x + s.z + adapters + y))
+    return _measures(forward, to_x, GRADIENTS[case.method](case, s))
 
 
 def _measures(forward: Work, to_x: Work, weights: Work) -> dict[str, Work]:

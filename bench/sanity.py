@@ -36,7 +36,6 @@ from peft_fast.bench import layers, measure
 from peft_fast.bench.environment import write
 from peft_fast.bench.layers import (
     DTYPES,
-    METHODS,
     Provider,
     Shape,
     by_layer,
@@ -44,6 +43,7 @@ from peft_fast.bench.layers import (
     make_layer,
     make_step,
 )
+from peft_fast.bench.methods import LOW_RANK
 from torch import Tensor
 
 from peft_fast import backends
@@ -170,7 +170,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     names = [name for name in backends.BACKENDS if name.startswith(tuple(args.prefix))]
-    work = [(method, dtype, M) for dtype, M, method in itertools.product(args.dtype, args.rows, METHODS)]
+    work = [(method, dtype, M) for dtype, M, method in itertools.product(args.dtype, args.rows, LOW_RANK)]
     shape = Shape(*args.shape, args.rank, args.device)
     limit = args.seconds / math.ceil(len(names) / args.jobs)
     found: list[Cell] = []

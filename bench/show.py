@@ -83,7 +83,8 @@ def row(block: Block, outcome: Outcome, peers: Sequence[str], options: Options) 
 
 
 def name(outcome: Outcome) -> str:
-    return f"{outcome.provider} ({outcome.backend})" if outcome.provider == "ours" else outcome.provider
+    asked = entry(outcome.provider).backend
+    return f"{outcome.provider} ({outcome.backend})" if asked == "auto" else outcome.provider
 
 
 def ratio(value: float | None) -> str:

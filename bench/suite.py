@@ -338,10 +338,11 @@ def _control(first: list[float], second: list[float]) -> Control:
 
 def _backend(name: str, case: Case, device: str) -> str:
     """Which backend of ours stands behind a name; "" for others, and where it cannot run."""
-    if not name.startswith("ours"):
+    asked = entry(name).backend
+    if asked is None:
         return ""
     try:
-        return backend_of(case, device, name[5:-1] or "auto")
+        return backend_of(case, device, asked)
     except BackendUnavailable:
         return ""
 

@@ -84,6 +84,24 @@ DEVICES = {
 }
 
 
+class Layout(NamedTuple):
+    """Of a packed weight: bytes of an element, elements that share a scale, None for a row's, bytes of it."""
+
+    element: float
+    block: int | None
+    scale: float
+
+
+# Blocks of 64 are bitsandbytes' default. Nested scales have a byte each, and scales of groups of 256.
+PLAIN, NESTED = Layout(0.5, 64, 4), Layout(0.5, 64, 1 + 4 / 256)
+LAYOUTS = {
+    ("nf4", False): PLAIN, ("nf4", True): NESTED, ("fp4", False): PLAIN, ("fp4", True): NESTED,
+    ("mxfp4", True): Layout(0.5, 32, 1), ("int8", False): Layout(1, None, 4),
+    ("fp8", False): Layout(1, None, 4),
+}  # fmt: skip
+"""By the format and whether its scales are coded."""
+
+
 class Product(NamedTuple):
     """FLOPs on "half", "tf32", "tf32x3" (three TF32 products) or "fp32" units, at a part of their peak."""
 
@@ -156,9 +174,10 @@ class Sizes:
         self.a, self.b, self.z = 4 * R * K, 4 * N * R, 4 * M * R
         self.mask = M * K / 8 if problem.dropout else 0.0
         self.packed = problem.format != "dense"
-        # Scales of blocks of 64; nested ones have a byte each, and scales of groups of 256.
-        scales = N * K / 64 * (1 + 4 / 256 if problem.nested else 4)
-        self.base = N * K / 2 + scales if self.packed else self.w
+        self.base = self.w
+        if self.packed:
+            element, block, scale = LAYOUTS[problem.format, problem.nested]
+            self.base = N * K * element + N * K / (block or K) * scale
         # What a GEMM of the library or of split reads: the scratch, or a dense weight itself.
         self.decoded = self.temporary(self.w) if self.packed else self.w
         self.rows, self.columns = next((tile for tile in TILES if tile[0] >= M), TILES[-1])

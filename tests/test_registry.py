@@ -44,8 +44,11 @@ def test_cases_are_unique_and_shared_shapes_have_all_their_names(registry):
     (case,) = registry.select(["lora fp4 Llama-3-8B.gate R=8 M=16 float16 dropout=0.1"])
     assert case.layers == ("Llama-3-8B.gate", "Llama-3-8B.up", "Mistral-7B.gate", "Mistral-7B.up")
     assert registry.select(["lora fp4 Mistral-7B.up R=8 M=16 float16 dropout=0.1"]) == [case]
-    assert {case.method for case in registry.select(["MiniLM-L6.q"])} == {"lora", "dora", "loreft"}
-    assert {case.method for case in registry.select(["MiniLM-L6.up"])} == {"lora", "dora"}
+    everywhere = {"lora", "dora", "vera", "ia3"}
+    assert {case.method for case in registry.select(["MiniLM-L6.q"])} == {*everywhere, "loreft"}
+    assert {case.method for case in registry.select(["MiniLM-L6.up"])} == everywhere
+    assert {case.method for case in registry.select(["MiniLM-L6.down"])} == {*everywhere, "loreft", "ia3-in"}
+    assert {case.R for case in registry.select(["ia3,ia3-in"])} == {0}
 
 
 def test_filters_pick_by_whole_labels(registry):
@@ -78,23 +81,24 @@ def flops(function) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("method", ["lora", "loreft"])
+@pytest.mark.parametrize("method", ["lora", "vera", "loreft"])
 def test_flops_are_what_pytorch_counts(registry, method):
     """Of the definition with adapters that are trained, and with frozen ones for dX."""
     M, K, N, R = 5, 96, 64, 8
     op = "loreft" if method == "loreft" else "lora_linear"
     work = registry.work(registry.Case(op, "dense", method, K, N, R, M, "float32", 0.0))
     W, A, B, P, b = (torch.randn(shape) for shape in ((N, K), (R, K), (N, R), (R, N), (R,)))
+    trained_by = {"lora": (A, B), "vera": (B,), "loreft": (P, B, b)}  # VeRA's b by the gradient of b ⊙ B
     x, grad = torch.randn(M, K, requires_grad=True), torch.randn(M, N)
 
     def forward() -> torch.Tensor:
         h = F.linear(x, W)
-        if method == "lora":
+        if method != "loreft":
             return h + F.linear(F.linear(x, A), B)
         return h + F.linear(h, P, b) @ B.t()
 
     for trained in (True, False):
-        for t in (A, B) if method == "lora" else (P, B, b):
+        for t in trained_by[method]:
             t.requires_grad_(trained)
         y = forward()
         first, then = flops(forward), flops(lambda y=y: y.backward(grad))
