@@ -1,15 +1,17 @@
 """One autograd formula per op: what is saved for the backward pass, and what is recomputed there.
 
-lora_linear saves X (alive in the graph anyway), Z [M, R] fp32, the bit-packed dropout mask and references to
-the packed weight and the adapters: beyond X that is 4·M·R bytes plus M·K/8 with dropout. Nothing of size
-[M, N] or [N, K], and no copy of X in another dtype. Only where out_scale takes a gradient, the bias and the
-output Y are kept, by reference: no copy is made, but writing Y in place before the backward pass raises.
+lora_linear saves Z [M, R] fp32, the bit-packed dropout mask and references to the packed weight and the
+adapters: 4·M·R bytes plus M·K/8 with dropout. X is kept where A takes a gradient, and only there: a frozen
+layer, VeRA and IA3 hold none. Nothing of size [M, N] or [N, K], and no copy of X in another dtype. Only
+where out_scale takes a gradient, the bias and the output Y are kept, by reference: no copy is made, but
+writing Y in place before the backward pass raises.
 
 loreft saves the m edited rows of its input [m, d], Z [m, q] fp32, the packed mask [m, d]/8 and references to
 the row indices and the small operands; the input itself, by reference, where it is edited whole. With a
 residual the rows are those of the sum, which is all that is kept of either.
 
-Second derivatives of lora_linear are those of the reference, in plain PyTorch; of loreft there are none.
+Second derivatives of lora_linear are those of the reference, in plain PyTorch, of B and out_scale only where
+X is kept; of loreft there are none.
 
 A formula is an `autograd.Function`. In plain eager it is applied as it is; whatever has to see a
 dispatcher op (`ops.runs_directly` decides) finds it registered at the op's Autograd key, where
@@ -55,7 +57,10 @@ class _LoraLinear(torch.autograd.Function):
         ctx.mark_non_differentiable(z)
         ctx.set_materialize_grads(False)
         bias_and_y = (bias, y) if out_scale is not None and out_scale.requires_grad else (None, None)
-        ctx.save_for_backward(x, lora_A, lora_B, z, dropout_mask, out_scale, *bias_and_y, *_tensors(weight))
+        kept_x = x if lora_A.requires_grad else None
+        ctx.save_for_backward(
+            kept_x, lora_A, lora_B, z, dropout_mask, out_scale, *bias_and_y, *_tensors(weight)
+        )
         ctx.weight_meta = weight[_WEIGHT_TENSORS:]
         ctx.bias_dtype = bias.dtype if bias is not None else None
         ctx.scalars = scalars
@@ -66,11 +71,19 @@ class _LoraLinear(torch.autograd.Function):
         _, needs_x, _, needs_bias, needs_A, needs_B, _, needs_out_scale, *_ = ctx.needs_input_grad
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        x, lora_A, lora_B, z, dropout_mask, out_scale, bias, y, *weight = ctx.saved_tensors
+        x, lora_A, lora_B, z, dropout_mask, out_scale, bias, y, *tensors = ctx.saved_tensors
+        weight = QuantizedWeight(*tensors, *ctx.weight_meta)
         formula = _differentiable_backward if torch.is_grad_enabled() else _lora_linear_backward
+        if x is None:
+            if torch.is_grad_enabled() and (needs_B or needs_out_scale):
+                raise NotImplementedError(
+                    "lora_linear: second derivatives of lora_B and out_scale take X, which is kept only "
+                    "where lora_A requires gradients"
+                )
+            x = grad.new_empty((*grad.shape[:-1], weight.in_features))  # of which nothing is read
         dx, d_A, d_B, dbias, d_out_scale = formula(
-            grad, x, QuantizedWeight(*weight, *ctx.weight_meta), lora_A, lora_B, z, dropout_mask, out_scale,
-            bias, y, Needs(needs_x, needs_A, needs_B, needs_bias, needs_out_scale), *ctx.scalars,
+            grad, x, weight, lora_A, lora_B, z, dropout_mask, out_scale, bias, y,
+            Needs(needs_x, needs_A, needs_B, needs_bias, needs_out_scale), *ctx.scalars,
         )  # fmt: skip
         if dbias is not None:
             dbias = dbias.to(ctx.bias_dtype)

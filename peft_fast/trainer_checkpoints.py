@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft import set_peft_model_state_dict
 from torch import Tensor
 
 from . import base_models
 from .adapter_model import AdapterModel
-from .files import check_tensors, copy_tensors, read_tensors, write_tensors
+from .files import WEIGHTS, check_tensors, copy_tensors, read_tensors, write_tensors
 from .reft import ReftModel
 
 if TYPE_CHECKING:
@@ -47,17 +48,23 @@ class TrainerCheckpoints(_Trainer):
             base_models.load_head(model, directory)
         elif isinstance(model, AdapterModel):
             model.load_adapter(directory)
+        elif own := _prompt_encoder(model):
+            stored = read_tensors(directory / PROMPT_ENCODER, "the prompt encoder of a model")
+            check_tensors(directory / PROMPT_ENCODER, stored, own)
+            # The adapter's file has what the encoder computes; PEFT would load it as what it computes from.
+            tensors = read_tensors(directory / WEIGHTS, "an adapter")
+            tensors["prompt_embeddings"] = stored[f"{model.active_adapter}.embedding.weight"]
+            set_peft_model_state_dict(model, tensors, model.active_adapter)
+            copy_tensors(stored, own)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            if own := _prompt_encoder(model):
-                stored = read_tensors(directory / PROMPT_ENCODER, "the prompt encoder of a model")
-                check_tensors(directory / PROMPT_ENCODER, stored, own)
-                copy_tensors(stored, own)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        if isinstance(self.model, ReftModel | AdapterModel) and best is not None:
-            self._load_from_checkpoint(best, self.model)
+        if best is not None and (
+            isinstance(self.model, ReftModel | AdapterModel) or _prompt_encoder(self.model)
+        ):
+            self._load_from_checkpoint(best)
         else:
             super()._load_best_model()
 

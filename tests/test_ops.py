@@ -247,6 +247,28 @@ def test_saves_only_x_and_small_things(scaled):
     assert extra == 4 * M * R + M * K // 8
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("format", ["dense", "nf4"])
+@pytest.mark.parametrize("trained", ["x", "x bias", "x lora_B", "lora_B", "x out_scale"])
+def test_keeps_no_x_where_lora_a_is_frozen(backend, format, trained):
+    """The gradients that are left are those that there are with that of lora_A."""
+    case = Case.make(format, (3, 5), 64, 32, 4, dropout_p=0.3, out_scale=True)
+    given = {"x": case.x, "bias": case.bias, "lora_B": case.lora_B, "out_scale": case.out_scale}
+    leaves = {name: t.detach().clone().requires_grad_(name in trained.split()) for name, t in given.items()}
+    wanted, grad, kept = [leaves[name] for name in trained.split()], torch.randn(3, 5, 32), []
+
+    def run(lora_A):
+        rest = (lora_A, leaves["lora_B"], case.mask, leaves["out_scale"], 0.5, 0.3, backend)
+        return torch.ops.peft_fast.lora_linear(leaves["x"], *case.weight, leaves["bias"], *rest)[0]
+
+    expected = torch.autograd.grad(run(case.lora_A.detach().clone().requires_grad_()), wanted, grad)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        y = run(case.lora_A)
+    assert leaves["x"].data_ptr() not in kept
+    for got, truth in zip(torch.autograd.grad(y, wanted, grad), expected, strict=True):
+        torch.testing.assert_close(got, truth, rtol=1e-6, atol=1e-6)
+
+
 def test_a_fused_call_is_counted(backend):
     case = Case.make("nf4", (3,), 64, 32, 4, dropout_p=0.1)
     before = backends.calls["lora_linear", backend], backends.calls["lora_linear_backward", backend]

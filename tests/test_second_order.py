@@ -52,6 +52,26 @@ def test_a_gradient_penalty_is_stock_pefts(kind, options):
         assert_as_exact(name, got[name], plain[name], value)
 
 
+@pytest.mark.parametrize("trained", ["x", "lora_B", "out_scale"])
+def test_without_a_gradient_of_lora_a(trained):
+    """X is not kept: what takes it raises, and what does not is exact."""
+    case = Case.make("nf4", (3,), 8, 6, 2, out_scale=True, dtype=torch.float32)
+    given = {"x": case.x, "lora_B": case.lora_B, "out_scale": case.out_scale}
+    leaves = [t.detach().double().requires_grad_(name == trained) for name, t in given.items()]
+    lora_A = case.lora_A.double()
+
+    def op(x, B, scale):
+        rest = (None, lora_A, B, None, scale, 0.5, 0.0, "reference")
+        return torch.ops.peft_fast.lora_linear(x, *case.weight, *rest)[0]
+
+    if trained == "x":
+        assert torch.autograd.gradgradcheck(op, leaves)
+    else:
+        wanted = next(t for t in leaves if t.requires_grad)
+        with pytest.raises(NotImplementedError, match="take X, which is kept only where lora_A requires"):
+            torch.autograd.grad(op(*leaves).square().sum(), wanted, create_graph=True)
+
+
 def test_times_weight():
     case = Case.make("dense", (3,), 5, 4, 1)
     weight = case.weight._replace(weight=case.weight.weight.double())

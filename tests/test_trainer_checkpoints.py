@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PrefixTuningConfig, PromptEncoderConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 from peft_fast import (
@@ -27,11 +28,21 @@ def make_model(method):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     base = BertForSequenceClassification(BertConfig(vocab_size=99, **sizes))
     quantize(base)
+    if method in PROMPTS:
+        return get_peft_model(base, PROMPTS[method]())
     if method == "loreft":
         model = get_reft_model(base, LoReFTConfig(r=4))
         model.classifier.requires_grad_(True)
         return model
     return get_adapter_model(base, AdapterConfig(method, target_modules=["query", "value"]))
+
+
+PROMPTS = {
+    "p-tuning": lambda: PromptEncoderConfig("SEQ_CLS", num_virtual_tokens=3, encoder_hidden_size=32),
+    "projected prefix": lambda: PrefixTuningConfig(
+        "SEQ_CLS", num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=32
+    ),
+}
 
 
 def trained(model):
@@ -49,7 +60,7 @@ def make_tuner(method, folder, **options):
     return Tuner(make_model(method), arguments, train_dataset=data, eval_dataset=data)
 
 
-@pytest.mark.parametrize("method", ["loreft", "ssf", "s2lora"])
+@pytest.mark.parametrize("method", ["loreft", "s2lora", "p-tuning", "projected prefix"])
 def test_training_goes_on_to_the_same_bits(method, tmp_path):
     whole = make_tuner(method, tmp_path)
     before = trained(whole.model)
@@ -64,7 +75,7 @@ def test_training_goes_on_to_the_same_bits(method, tmp_path):
         assert torch.equal(tensor, expected[name]), name
 
 
-@pytest.mark.parametrize("method", ["loreft", "ssf"])
+@pytest.mark.parametrize("method", ["loreft", "ssf", "p-tuning", "projected prefix"])
 def test_the_best_model_comes_back_at_the_end(method, tmp_path):
     """Of two checkpoints the one of the smaller loss, and, asked for, of the larger."""
     best = set()
