@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import backends
@@ -52,9 +53,8 @@ def _explain_layer(layer: Any, reader_reason: str | None = None) -> tuple[str, d
     kind = type(layer).__name__
     if isinstance(layer, LoReFT):
         dtype, device = layer.bias.dtype, layer.bias.device.type
-        backend = backends.resolve("loreft", "dense", device, dtype, layer.backend)
-        ran = backends.calls["loreft", backend]
-        return f"{kind}: {layer.extra_repr()}\n    loreft on {backend}, run {ran} times in this process", {}
+        lines = ["loreft", *_explain_backend("loreft", "dense", device, dtype, layer.backend)]
+        return "\n    ".join((f"{kind}: {layer.extra_repr()}", *lines)), {}
     reason: str | None
     base = layer if isinstance(layer, FusedBase | PackedLinear) else layer.base_layer
     if layer is base:
@@ -88,14 +88,16 @@ def _explain_op(layer: Any, base: Any, weight: QuantizedWeight) -> tuple[list[st
     nested = ", nested absmax" if weight.nested else ""
     dtype, device = compute_dtype(base), weight.weight.device.type
     case = f"{weight.format} [{weight.out_features}, {weight.in_features}]{nested}, {dtype} on {device}"
-    try:
-        backend = backends.resolve("lora_linear", weight.format, device, dtype, layer.backend)
-    except BackendUnavailable as error:
-        return [f"lora_linear over {case}: the next forward raises BackendUnavailable: {error}"], {}
-    ran = backends.calls["lora_linear", backend]
-    lines = [
-        f"lora_linear over {case}",
-        f"backend {backend} (asked for: {layer.backend}), run {ran} times in this process",
-    ]
+    lines = [f"lora_linear over {case}"]
+    lines += _explain_backend("lora_linear", weight.format, device, dtype, layer.backend)
     available = backends.availability("lora_linear", weight.format, device, dtype)
     return lines, {name: reason for name, reason in available.items() if reason is not None}
+
+
+def _explain_backend(op: str, format: str, device: str, dtype: torch.dtype, asked: str) -> list[str]:
+    try:
+        backend = backends.resolve(op, format, device, dtype, asked)
+    except BackendUnavailable as error:
+        return [f"the next forward raises BackendUnavailable: {error}"]
+    ran = backends.calls[op, backend]
+    return [f"backend {backend} (asked for: {asked}), run {ran} times in this process"]

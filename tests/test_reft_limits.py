@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import bitsandbytes as bnb
 import peft
@@ -185,6 +186,13 @@ def test_explain_names_the_edits():
     model(**ragged())
     text = explain(model)
     assert "model.layers.0.reft.all: LoReFT: d=32, r=4" in text
-    assert "loreft on " in text
+    assert re.search(
+        r"\n    loreft\n    backend \S+ \(asked for: auto\), run [1-9]\d* times in this process", text
+    )
     layer = LoReFTLinear.from_linear(to_4bit(nn.Linear(64, 32)), LoReFTConfig(r=4))
     assert "variant='loreft'" in explain(copy.deepcopy(layer))
+
+
+def test_explain_says_what_would_raise():
+    layer = LoReFTLinear.from_linear(nn.Linear(8, 8), LoReFTConfig(r=2, backend="cuda-gemv"))
+    assert "the next forward raises BackendUnavailable: " in explain(layer)

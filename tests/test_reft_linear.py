@@ -21,8 +21,9 @@ from reft_models import (
 )
 from tolerances import assert_as_exact
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from peft_fast import LoReFTConfig, LoReFTLinear, UnsupportedLayer, accelerate, get_reft_model
+from peft_fast import LoReFTConfig, LoReFTLinear, UnsupportedLayer, accelerate, get_reft_model, quantize
 from peft_fast.formats import from_linear
 from peft_fast.reft import linear as reft_linear
 
@@ -237,3 +238,15 @@ def test_a_component_that_is_not_one_layer_is_refused(component):
     with pytest.raises(UnsupportedLayer, match="component: expected the end of one path"):
         get_reft_model(model, LoReFTConfig(component=component))
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_conv1d_is_refused_by_name_until_it_is_quantized():
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 50, "n_positions": 16}
+    model, config = GPT2LMHeadModel(GPT2Config(**sizes)), LoReFTConfig(r=2, component="mlp.c_proj")
+    with pytest.raises(UnsupportedLayer, match=r"LoReFT expects .* got Conv1D"):
+        LoReFTLinear.from_linear(model.transformer.h[0].mlp.c_proj, LoReFTConfig(r=2))
+    with pytest.raises(UnsupportedLayer, match=r"LoReFT expects .* got Conv1D"):
+        get_reft_model(model, config)
+    assert all(p.requires_grad for p in model.parameters())
+    quantize(model)
+    assert get_reft_model(model, config)(input_ids=torch.arange(8)[None]).logits.isfinite().all()

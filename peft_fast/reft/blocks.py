@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedLayer
-from ..modules import check_base
+from ..formats import is_conv1d
 from ..orthonormal import OrthonormalRows, orthonormal_rows
 from ..swapped import Swapped, check_swappable, subclass
 from .edit import LoReFT, is_fsdp_unit
-from .linear import edited_linear
+from .linear import check_editable, edited_linear
 
 if TYPE_CHECKING:
     from .model import ReftModel
@@ -165,17 +165,21 @@ def find_component(block: nn.Module, name: str) -> tuple[str, nn.Linear]:
     found = [
         (path, module)
         for path, module in block.named_modules()
-        if f".{path}".endswith(f".{name}") and isinstance(module, nn.Linear)
+        if f".{path}".endswith(f".{name}") and _is_linear(module)
     ]
     if len(found) != 1:
-        linears = [path for path, module in block.named_modules() if isinstance(module, nn.Linear)]
+        linears = [path for path, module in block.named_modules() if _is_linear(module)]
         raise UnsupportedLayer(
             f"component: expected the end of one path of {linears}, got {name!r}, of {len(found)}"
         )
     path, linear = found[0]
     check_swappable("component", linear)
-    check_base(linear)
+    check_editable(linear)
     return path, linear
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def holder(block: Any) -> Any:

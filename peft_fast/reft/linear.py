@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..formats import from_linear
+from ..errors import UnsupportedLayer
+from ..formats import from_linear, is_conv1d
 from ..functional import check_choice, fold_edit
 from ..modules import (
     check_base,
@@ -35,6 +36,16 @@ STRATEGIES = ("auto", "fold", "project")
 
 FOLD_FROM = 512
 """Rows from which "auto" folds a layer with more outputs than inputs, on the CPU; elsewhere it projects."""
+
+
+def check_editable(layer: nn.Linear) -> None:
+    """Raises `UnsupportedLayer` or `UnsupportedWeight` unless the output of `layer` can be edited."""
+    check_base(layer)
+    if is_conv1d(layer):
+        raise UnsupportedLayer(
+            "base: LoReFT expects nn.Linear, Linear4bit, Linear8bitLt or PackedLinear, got Conv1D; "
+            "`quantize` makes one of them of it"
+        )
 
 
 class LoReFTLinear(nn.Module):
@@ -72,7 +83,7 @@ class LoReFTLinear(nn.Module):
         """
         config = config or LoReFTConfig()
         check_choice("strategy", strategy, STRATEGIES)
-        check_base(base)
+        check_editable(base)
         edit = LoReFT(base.out_features, config, device=base.weight.device)
         if strategy == "fold" and not foldable(edit):
             raise ValueError("strategy: expected 'project' for an edit with act_fn or dropout, got 'fold'")
