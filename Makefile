@@ -5,6 +5,7 @@
 # make tsan       its threads under the thread sanitizer
 # make mutation   flips signs and drops terms of the formulas; a test must fail for each
 # make endurance  hours of misuse in minutes: fifty kills, 10,000 steps, 200 steps beside each peer
+# make coverage   every test, and which lines and branches of the Python code none of them runs, to runs/coverage.md
 # make lint       ruff, ruff format, clang-format, mypy
 # make bench      the suite's quick cases under pytest-benchmark, to runs/bench.json; `peft-fast bench` prints tables
 # make gpu        on a GPU machine, with the Python and torch it has: builds, tests, tunes and times everything in nine
@@ -39,7 +40,7 @@ SEED   ?= 0
 OUT    ?= runs/gpu
 GPU_PYTHON ?= python3
 
-.PHONY: install finetune test fuzz asan tsan mutation endurance lint bench gpu tune roofline aot cuda wheel wheel-test clean
+.PHONY: install finetune test fuzz asan tsan mutation endurance coverage lint bench gpu tune roofline aot cuda wheel wheel-test clean
 
 install: $(VENV)/.installed
 
@@ -92,6 +93,14 @@ mutation: install
 
 endurance: install
 	$(BIN)/python -m pytest --endurance $(ARGS)
+
+# Bodies of Triton kernels count as not run: the interpreter compiles their source anew.
+coverage: install
+	mkdir -p runs/coverage
+	$(BIN)/python -m coverage run -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m coverage combine
+	$(BIN)/python -m coverage report > runs/coverage.md
+	tail -n 1 runs/coverage.md
 
 lint: install
 	$(BIN)/ruff check .

@@ -42,11 +42,15 @@ class SharedFactors(nn.Module):
         """`options` are the method's; layers that share must agree on those that shape what is shared.
 
         Raises:
-            ValueError: a method that shares nothing, or an option that does not fit.
-            TypeError: an option that the method does not have.
+            ValueError: a method that shares nothing, or a size or an option that does not fit.
+            TypeError: another dtype, or an option that the method does not have.
         """
         super().__init__()
         check_choice("method", method, tuple(name for name, row in METHODS.items() if row.shared_options))
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {size!r}")
+        check_adapter(adapter_dtype, "auto")
         row = METHODS[method]
         options = resolve_options(method, options, out_features, in_features)
         self.method, self.in_features, self.out_features = method, in_features, out_features

@@ -26,17 +26,15 @@ from .files import (
     check_tensors,
     copy_tensors,
     from_state_dict,
-    read_config,
-    read_tensors,
-    write_json,
-    write_tensors,
+    read_adapter,
+    write_adapter,
 )
 from .formats import from_linear, is_conv1d
 from .fused_layer import observed
 from .methods import METHODS, resolve_options
 from .modules import allow_repacking, check_base, is_linear4bit, protect_from_repacking
 from .packed_linear import PackedLinear
-from .quantization import OUTPUT_LAYERS, check_unadapted, is_within
+from .quantization import OUTPUT_LAYERS, check_container, check_unadapted, is_within
 from .swap import reader_reason
 from .swapped import subclass
 from .tuned_model import TunedModel, build
@@ -60,6 +58,7 @@ def get_adapter_model(model: nn.Module, config: AdapterConfig) -> AdapterModel:
         In each case the model is left as it was.
     """
     check_unadapted(model)
+    check_container(model)
     if any(isinstance(module, TunedModel | AdapterLinear) for module in model.modules()):
         raise UnsupportedLayer("model: expected one without adapters, got one that has some; see unload()")
     saved = _saved(model, config)
@@ -73,13 +72,20 @@ def get_adapter_model(model: nn.Module, config: AdapterConfig) -> AdapterModel:
 
     whole: list[Any] = [model.get_submodule(name) for name in saved]
     originals = [{key: tensor.clone() for key, tensor in module.state_dict().items()} for module in whole]
-    model.requires_grad_(False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     protected = tuple(name for name, module in model.named_modules() if protect_from_repacking(module))
-    for name, layer in zip(targets, layers, strict=True):
-        adapted = AdapterLinear(
-            layer, config.method or "", shared, config.adapter_dtype, config.backend, config.options
-        )
-        _set(model, name, adapted.train(layer.training))
+    rest = (shared, config.adapter_dtype, config.backend, config.options)
+    try:
+        adapted = [AdapterLinear(layer, config.method or "", *rest).train(layer.training) for layer in layers]
+    except BaseException:  # such as no memory for it
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for name in protected:
+            allow_repacking(model.get_submodule(name))
+        raise
+    model.requires_grad_(False)
+    for name, layer in zip(targets, adapted, strict=True):
+        _set(model, name, layer)
     for module in whole:
         module.requires_grad_(True)
     made: Any = model
@@ -131,8 +137,7 @@ class AdapterModel(TunedModel):
         tensors = tensors_of(self)
         if state_dict is not None:
             tensors = from_state_dict(state_dict, {key: key for key in tensors}, "an adapter's")
-        write_tensors(directory / WEIGHTS, tensors)
-        write_json(directory / CONFIG, self.adapter_config.to_dict())
+        write_adapter(directory, tensors, CONFIG, self.adapter_config.to_dict())
 
     @classmethod
     def from_pretrained(cls, base_model: nn.Module, directory: str | Path) -> AdapterModel:
@@ -144,8 +149,7 @@ class AdapterModel(TunedModel):
             UnsupportedLayer: as `get_adapter_model`.
         """
         directory = Path(directory)
-        stored = read_tensors(directory / WEIGHTS)
-        config = read_config(directory / CONFIG, AdapterConfig.from_dict)
+        stored, config = read_adapter(directory, CONFIG, AdapterConfig.from_dict)
 
         def fill(model: AdapterModel) -> None:
             own = tensors_of(model)
@@ -162,8 +166,7 @@ class AdapterModel(TunedModel):
             ValueError, TypeError: a file does not fit; the message names it, and nothing was changed.
         """
         directory = Path(directory)
-        stored = read_tensors(directory / WEIGHTS)
-        config = read_config(directory / CONFIG, AdapterConfig.from_dict)
+        stored, config = read_adapter(directory, CONFIG, AdapterConfig.from_dict)
         mine, theirs = self.adapter_config.to_dict(), config.to_dict()
         for option in ("method", *self.adapter_config.options):
             if option != "dropout" and mine[option] != theirs.get(option):
@@ -257,6 +260,11 @@ def _targets(model: nn.Module, config: AdapterConfig, saved: Sequence[str]) -> l
             expected = "linear layers"
         names = [name for name, _ in _linear(modules)]
         raise UnsupportedLayer(f"target_modules: expected {expected}, got none among {names}")
+    targets = () if config.target_modules == ALL_LINEAR else config.target_modules
+    for argument, ends in (("target_modules", targets), ("exclude_modules", config.exclude_modules)):
+        for end in ends:
+            if not any(_ends(name, end) for name in modules):
+                raise ValueError(f"{argument}: expected the end of a module's name, got {end!r}")
     return chosen
 
 

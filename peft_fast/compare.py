@@ -4,7 +4,8 @@ Each run is `peft-fast train` in a process of its own, so that its peak memory i
 The folder:
 
     <method>-seed<seed>/    the runs, as `train` writes them; those that are finished are kept
-    compare.csv, .md        a row for each method: means over its seeds, and the spread of the accuracy
+    compare.csv, .md        a row for each method: means over its seeds, medians of the times, and how far the
+                            accuracies spread
     compare.png             accuracy over trained parameters; time and memory of each method
 """
 
@@ -27,14 +28,14 @@ from . import config
 from .config import TrainConfig
 from .files import replace_file
 from .plots import plot_comparison
-from .training_methods import methods_with
+from .training_methods import TRAINING_METHODS, methods_with
 
 _ONCE = {"eval_every": 10**9, "save_every": 10**9}
 """Past the end: what follows the last step is all."""
 
 
 class Row(NamedTuple):
-    """A method: means over its seeds; accuracy and perplexity as the task has them."""
+    """A method: over its seeds the mean of accuracy, loss and memory, and the median of the times."""
 
     method: str
     seeds: int
@@ -66,15 +67,26 @@ def jobs(
     for name in options:
         if name in config.SPECIFIC and not set(methods_with(name)) & set(methods):
             raise ValueError(f"{name}: expected an option of one of {list(methods)}, got one of none")
+    takers = {name: [m for m in methods if _takes(m, name, value)] for name, value in options.items()}
+    for name, value in options.items():
+        if not takers[name]:
+            raise ValueError(f"{name}: expected a value that one of {list(methods)} has, got {value!r}")
     made = []
     for method in methods:
-        own = {n: v for n, v in options.items() if n not in config.SPECIFIC or method in methods_with(n)}
+        own = {name: value for name, value in options.items() if method in takers[name]}
         for seed in seeds:
             folder = str(output / f"{method}-seed{seed}")
             made.append(
                 TrainConfig(**{**_ONCE, **own}, method=method, seed=seed, output=folder, overwrite=True)
             )
     return made
+
+
+def _takes(method: str, option: str, value: Any) -> bool:
+    if option not in config.SPECIFIC:
+        return True
+    choices = TRAINING_METHODS[method].choices.get(option)
+    return method in methods_with(option) and (choices is None or value in choices)
 
 
 def compare(todo: Sequence[TrainConfig], output: Path, console: Console | None = None) -> list[Row]:
@@ -105,8 +117,13 @@ def finished(job: TrainConfig) -> dict[str, Any] | None:
     file = job.folder / "metrics.json"
     if not file.is_file():
         return None
-    metrics: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        metrics: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:  # damaged: to be made anew
+        return None
     options = {**job.as_dict(), **dict.fromkeys(config.NOT_OF_THE_RUN)}
+    if not isinstance(metrics, dict) or "config" not in metrics:
+        return None
     same = {**metrics["config"], **dict.fromkeys(config.NOT_OF_THE_RUN)} == options
     return metrics if same else None
 
@@ -140,8 +157,8 @@ def _row(method: str, runs: Sequence[Mapping[str, Any]]) -> Row:
         accuracy_spread=spread,
         eval_loss=mean("eval_loss"),
         steps=runs[0]["steps"],
-        ms_per_step=mean("ms_per_step"),
-        seconds=mean("seconds"),
+        ms_per_step=statistics.median(run["ms_per_step"] for run in runs),
+        seconds=statistics.median(run["seconds"] for run in runs),
         peak_memory=round(mean("peak_memory")) if measured else None,
         adapter_bytes=round(mean("adapter_bytes")),
     )

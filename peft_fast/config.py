@@ -68,7 +68,7 @@ class TrainConfig:
         choices=("fp32", "bf16", "fp16"),
     )
     method: str = option("lora", "What to train.", choices=METHODS)
-    r: int | None = option(None, "Rank, or width, of the adapter.", minimum=1, maximum=2**31 - 1)
+    r: int | None = option(None, "Rank, or width, of the adapter.", minimum=1)
     alpha: float | None = option(None, "The adapter's output is scaled by alpha / r.", above=0)
     rslora: bool | None = option(None, "Scale by alpha / sqrt(r) instead.")
     dropout: float | None = option(
@@ -125,6 +125,8 @@ class TrainConfig:
     overwrite: bool = option(False, "Start again in a folder that holds an unfinished run.")
 
     def __post_init__(self) -> None:
+        from . import backends
+
         for name, kind in typing.get_type_hints(type(self)).items():
             value = _typed(name, kind, getattr(self, name))
             object.__setattr__(self, name, value)
@@ -138,8 +140,18 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected none for method {self.method!r}, got {value!r}")
             elif name in row.choices:
                 _check_range(name, value, {**_NO_RULES, "choices": row.choices[name]})
+        targets = self.target_modules
+        if targets is not None and not all(name.strip() for name in targets.split(",")):
+            raise ValueError(f"target_modules: expected all-linear, or names and commas, got {targets!r}")
+        backends.check_name(self.backend)
+        if self.method == "loreft":
+            row.adapter(self, "")  # checks positions, layers and component
+        if self.resume and self.overwrite:
+            raise ValueError("overwrite: expected False with resume, got True")
         if self.stock and not row.stock:
             raise ValueError(f"stock: expected none for method {self.method!r}, which PEFT lacks, got True")
+        if self.checkpointing and not row.checkpointing:
+            raise ValueError(f"checkpointing: expected False for method {self.method!r}, got True")
         needs_data = self.task != "docstring-swap"
         if needs_data and self.data is None:
             raise ValueError(f"data: expected a file for task {self.task!r}, got None")
@@ -264,7 +276,7 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
     if expected is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:  # YAML reads 1e-3 as a string
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif isinstance(value, expected) and not (expected is int and isinstance(value, bool)):
         return value
@@ -273,12 +285,16 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
     raise TypeError(f"{name}: expected {expected.__name__}, got {value!r}")
 
 
+MOST = 2**31 - 1
+"""Of integers without a maximum of their own."""
 _NO_RULES = dict.fromkeys(("choices", "minimum", "above", "maximum"))
 
 
 def _check_range(name: str, value: Any, rules: Mapping[str, Any]) -> None:
     if value is None:
         return
+    if value == "":
+        raise ValueError(f"{name}: expected some text, got ''")
     if rules["choices"] is not None and value not in rules["choices"]:
         raise ValueError(f"{name}: expected one of {', '.join(rules['choices'])}, got {value!r}")
     bounds = []
@@ -286,8 +302,9 @@ def _check_range(name: str, value: Any, rules: Mapping[str, Any]) -> None:
         bounds.append((f"at least {rules['minimum']}", value >= rules["minimum"]))
     if rules["above"] is not None:
         bounds.append((f"more than {rules['above']}", value > rules["above"]))
-    if rules["maximum"] is not None:
-        bounds.append((f"at most {rules['maximum']}", value <= rules["maximum"]))
+    maximum = MOST if rules["maximum"] is None and type(value) is int else rules["maximum"]
+    if maximum is not None:
+        bounds.append((f"at most {maximum}", value <= maximum))
     if isinstance(value, float):
         bounds.append(("a finite number", abs(value) < float("inf")))
     if not all(held for _, held in bounds):

@@ -69,6 +69,7 @@ def convert(
 
     Raises:
         UnsupportedLayer: a layer cannot be quantized or adapted.
+        UnsupportedWeight: a weight has NaN or infinity.
         TypeError, ValueError: an option is unknown or does not fit; the message names it.
         BackendUnavailable: the named backend cannot run a layer.
         In each of these cases but the last one, which is found at the end, `model` was not changed: every

@@ -1,7 +1,8 @@
 """Adapters as files: tensors and options read with errors that name the file, and written whole.
 
 Tensors carry their SHA-256 in the metadata of the safetensors file, where other readers pass over it: a
-flipped bit, which the format does not notice, is an error. Files of other writers are read without one.
+flipped bit, which the format does not notice, is an error. So does the SHA-256 of the options beside them: of
+two files, each of them whole, one may be from another save. Files of other writers are read without them.
 """
 
 from __future__ import annotations
@@ -25,20 +26,26 @@ Config = TypeVar("Config")
 
 def read_tensors(file: Path, what: str = "the tensors of an adapter") -> dict[str, Tensor]:
     """Raises FileNotFoundError, or ValueError for a file that is no safetensors file, or has changed."""
+    return _read_tensors(file, what)[0]
+
+
+def _read_tensors(file: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """And the metadata."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: expected {what}, got no such file")
     try:
         tensors = load_file(file)
         with safe_open(file, "pt") as opened:
-            written = (opened.metadata() or {}).get(_DIGEST)
+            metadata = opened.metadata() or {}
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise ValueError(f"{file}: expected a safetensors file, got {error}") from None
+    written = metadata.get(_DIGEST)
     if written is not None and written != (found := _digest(tensors)):
         raise ValueError(f"{file}: expected tensors with the SHA-256 {written}, got {found}: it has changed")
-    return tensors
+    return tensors, metadata
 
 
-_DIGEST = "sha256"
+_DIGEST, _OPTIONS_DIGEST = "sha256", "options_sha256"
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -50,19 +57,60 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def read_config(file: Path, make: Callable[[dict[str, Any]], Config]) -> Config:
+def _options_digest(options: Mapping[str, Any]) -> str:
+    """Of names and values, in whichever order and layout they are written."""
+    return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
+
+
+def read_adapter(
+    directory: Path, config: str, make: Callable[[dict[str, Any]], Config], what: str = "an adapter"
+) -> tuple[dict[str, Tensor], Config]:
+    """The tensors in a directory, and what `make` makes of the options in the file `config` there.
+
+    Raises FileNotFoundError, or ValueError or TypeError naming the file; ValueError, too, where the options
+    are not those that the tensors were written with.
+    """
+    tensors, metadata = _read_tensors(directory / WEIGHTS, f"the tensors of {what}")
+    options = _read_options(directory / config, what)
+    made = _make(directory / config, make, options)
+    written = metadata.get(_OPTIONS_DIGEST)
+    if written is not None and written != (found := _options_digest(options)):
+        raise ValueError(
+            f"{directory / config}: expected the options that {WEIGHTS} was saved with, of the SHA-256 "
+            f"{written}, got {found}: one of the files has changed, or a save was broken off between them"
+        )
+    return tensors, made
+
+
+def write_adapter(
+    directory: Path, tensors: Mapping[str, Tensor], config: str, options: Mapping[str, Any]
+) -> None:
+    """Both files, for `read_adapter`; the folder is made if it is missing."""
+    _write_tensors(directory / WEIGHTS, tensors, {_OPTIONS_DIGEST: _options_digest(options)})
+    write_json(directory / config, options)
+
+
+def read_config(file: Path, make: Callable[[dict[str, Any]], Config], what: str = "an adapter") -> Config:
     """What `make` makes of the JSON object in a file.
 
     Raises FileNotFoundError, or ValueError or TypeError naming the file and the option.
     """
+    return _make(file, make, _read_options(file, what))
+
+
+def _read_options(file: Path, what: str) -> dict[str, Any]:
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: expected the options of an adapter, got no such file")
+        raise FileNotFoundError(f"{file}: expected the options of {what}, got no such file")
     try:
         options = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected JSON, got {error}") from None
     if not isinstance(options, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(options).__name__}")
+    return options
+
+
+def _make(file: Path, make: Callable[[dict[str, Any]], Config], options: dict[str, Any]) -> Config:
     try:
         return make(options)
     except (ValueError, TypeError) as error:
@@ -117,9 +165,13 @@ def from_state_dict(
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """In a folder that is made if it is missing."""
+    _write_tensors(file, tensors, {})
+
+
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", _DIGEST: _digest(stored)}
+    metadata = {"format": "pt", _DIGEST: _digest(stored), **about}
     replace_file(file, lambda part: save_file(stored, part, metadata=metadata))
 
 
@@ -138,3 +190,41 @@ def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------- whole folders
+
+
+def seal(file: Path, **facts: Any) -> None:
+    """Writes the SHA-256 of every other file in the folder, and what else is to be known of it, as JSON."""
+    others = [path for path in sorted(file.parent.rglob("*")) if path.is_file() and path != file]
+    sums = {path.relative_to(file.parent).as_posix(): _sum(path) for path in others}
+    write_json(file, {**facts, "sha256": sums})
+
+
+def check_seal(file: Path) -> dict[str, Any]:
+    """What `seal` wrote; files that came later are passed over.
+
+    Raises FileNotFoundError or ValueError naming a file that is missing or has changed since.
+    """
+    sealed = read_config(file, dict, "what was written")
+    sums = sealed.get("sha256")
+    if not isinstance(sums, dict) or not sums:
+        raise ValueError(f"{file}: sha256: expected the sums of the files beside it, got {sums!r}")
+    for name, written in sums.items():
+        path = file.parent / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{file}: sha256: expected names of files beside it, got {name!r}")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: expected a file with the SHA-256 {written}, got none")
+        if (found := _sum(path)) != written:
+            raise ValueError(f"{path}: expected the SHA-256 {written}, got {found}: it has changed")
+    return sealed
+
+
+def _sum(file: Path) -> str:
+    found = hashlib.sha256()
+    with file.open("rb") as opened:
+        for part in iter(lambda: opened.read(1 << 20), b""):
+            found.update(part)
+    return found.hexdigest()

@@ -126,24 +126,23 @@ def _decode_dense_rows(w: QuantizedWeight, rows: Tensor) -> Tensor:
 
 
 def _check_4bit(w: QuantizedWeight) -> None:
-    N, K = w.out_features, w.in_features
-    if N < 1 or K < 1:
-        raise UnsupportedWeight(f"shape: expected positive sizes, got ({N}, {K})")
-    if w.blocksize not in BLOCK_SIZES:
-        raise UnsupportedWeight(f"blocksize: expected one of {BLOCK_SIZES}, got {w.blocksize}")
-    nested, blocks = w.nested_absmax is not None, -(-N * K // w.blocksize)
-    _check_part("weight", w.weight, torch.uint8, (N * K + 1) // 2, w)
-    _check_part("code", w.code, torch.float32, 16, w)
-    _check_part("absmax", w.absmax, torch.uint8 if nested else torch.float32, blocks, w)
-    if nested:
-        if w.nested_blocksize not in BLOCK_SIZES:
-            raise UnsupportedWeight(
-                f"nested_blocksize: expected one of {BLOCK_SIZES}, got {w.nested_blocksize}"
-            )
-        groups = -(-blocks // w.nested_blocksize)
-        _check_part("nested_absmax", w.nested_absmax, torch.float32, groups, w)
-        _check_part("nested_code", w.nested_code, torch.float32, 256, w)
-        _check_part("nested_offset", w.nested_offset, torch.float32, 1, w)
+    packed, absmax, code, nested_absmax, nested_code, nested_offset, _, N, K, blocksize, nested_blocksize = w
+    if blocksize not in BLOCK_SIZES:
+        raise UnsupportedWeight(f"blocksize: expected one of {BLOCK_SIZES}, got {blocksize}")
+    blocks = -(-N * K // blocksize)
+    parts: tuple[Any, ...] = (("weight", packed, _UINT8, (N * K + 1) // 2), ("code", code, _FLOAT, 16))
+    if nested_absmax is None:
+        parts += (("absmax", absmax, _FLOAT, blocks),)
+    elif nested_blocksize not in BLOCK_SIZES:
+        raise UnsupportedWeight(f"nested_blocksize: expected one of {BLOCK_SIZES}, got {nested_blocksize}")
+    else:
+        parts += (
+            ("absmax", absmax, _UINT8, blocks),
+            ("nested_absmax", nested_absmax, _FLOAT, -(-blocks // nested_blocksize)),
+            ("nested_code", nested_code, _FLOAT, 256),
+            ("nested_offset", nested_offset, _FLOAT, 1),
+        )
+    _check_parts(w, parts)
 
 
 def _check_mxfp4(w: QuantizedWeight) -> None:
@@ -155,40 +154,45 @@ def _check_mxfp4(w: QuantizedWeight) -> None:
 
 def _check_8bit(w: QuantizedWeight) -> None:
     N, K = w.out_features, w.in_features
-    if N < 1 or K < 1:
-        raise UnsupportedWeight(f"shape: expected positive sizes, got ({N}, {K})")
     _expect("blocksize, the length of a row", K, w.blocksize)
-    _check_part("weight", w.weight, torch.int8 if w.format == "int8" else torch.uint8, N * K, w)
+    stored = torch.int8 if w.format == "int8" else _UINT8
+    _check_parts(w, (("weight", w.weight, stored, N * K), ("absmax", w.absmax, _FLOAT, N)))
     _expect("weight shape", (N, K), tuple(w.weight.shape))
-    _check_part("absmax", w.absmax, torch.float32, N, w)
     for name in QuantizedWeight._fields[2:6]:
         if getattr(w, name) is not None:
             raise UnsupportedWeight(f"{name}: expected None, got a tensor")
 
 
-def _check_part(name: str, tensor: Tensor | None, dtype: torch.dtype, numel: int, w: QuantizedWeight) -> None:
-    if tensor is None:
-        raise UnsupportedWeight(f"{name}: expected a tensor, got None")
-    device = w.weight.device
-    if tensor.dtype is dtype and tensor.numel() == numel and tensor.device == device:
-        if tensor.is_contiguous():
-            return  # spares a forward the messages
-        raise UnsupportedWeight(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
-    _expect(f"{name} dtype", dtype, tensor.dtype)
-    sizes = f"({w.out_features}, {w.in_features}) in blocks of {w.blocksize}"
-    _expect(f"{name} numel, for a shape {sizes}", numel, tensor.numel())
-    _expect(f"{name} device", device, tensor.device)
+_UINT8, _FLOAT = torch.uint8, torch.float32
+
+
+def _check_parts(w: QuantizedWeight, parts: tuple[Any, ...]) -> None:
+    """Each part is (name, tensor, dtype, numel). Runs at every forward: one condition where all is well."""
+    N, K, device = w.out_features, w.in_features, w.weight.device
+    if N < 1 or K < 1:
+        raise UnsupportedWeight(f"shape: expected positive sizes, got ({N}, {K})")
+    for name, tensor, dtype, numel in parts:
+        if tensor is None:
+            raise UnsupportedWeight(f"{name}: expected a tensor, got None")
+        if tensor.dtype is dtype and tensor.numel() == numel and tensor.device == device:
+            if tensor.is_contiguous():
+                continue
+            raise UnsupportedWeight(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+        _expect(f"{name} dtype", dtype, tensor.dtype)
+        _expect(f"{name} numel, for a shape ({N}, {K}) in blocks of {w.blocksize}", numel, tensor.numel())
+        _expect(f"{name} device", device, tensor.device)
 
 
 def decode_absmax(w: QuantizedWeight) -> Tensor:
     """The fp32 scale of each block [⌈N·K/blocksize⌉], nested quantization undone."""
     assert w.absmax is not None
+    absmax = w.absmax.view(-1)
     if w.nested_absmax is None:
-        return w.absmax
+        return absmax
     assert w.nested_code is not None
     assert w.nested_offset is not None
-    group = torch.arange(w.absmax.numel(), device=w.absmax.device) // w.nested_blocksize
-    return w.nested_code[w.absmax.int()] * w.nested_absmax[group] + w.nested_offset
+    group = torch.arange(absmax.numel(), device=absmax.device) // w.nested_blocksize
+    return w.nested_code.view(-1)[absmax.int()] * w.nested_absmax.view(-1)[group] + w.nested_offset.view(-1)
 
 
 def _decode_4bit(w: QuantizedWeight, dtype: torch.dtype) -> Tensor:
@@ -196,7 +200,7 @@ def _decode_4bit(w: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     numel = w.out_features * w.in_features
     nibbles = torch.stack((w.weight >> 4, w.weight & 0xF), dim=-1).reshape(-1)[:numel]
     scale = decode_absmax(w).repeat_interleave(w.blocksize)[:numel]
-    return (w.code[nibbles.int()] * scale).to(dtype).view(w.out_features, w.in_features)
+    return (w.code.view(-1)[nibbles.int()] * scale).to(dtype).view(w.out_features, w.in_features)
 
 
 def _decode_4bit_rows(w: QuantizedWeight, rows: Tensor) -> Tensor:
@@ -211,16 +215,17 @@ def _decode_4bit_rows(w: QuantizedWeight, rows: Tensor) -> Tensor:
         assert w.nested_code is not None
         assert w.nested_offset is not None
         nested_scale = w.nested_absmax.view(-1)[block // w.nested_blocksize]
-        scale = w.nested_code[scale.int()] * nested_scale + w.nested_offset
-    return w.code[nibble.int()] * scale
+        scale = w.nested_code.view(-1)[scale.int()] * nested_scale + w.nested_offset.view(-1)
+    return w.code.view(-1)[nibble.int()] * scale
 
 
 def _decode_8bit_rows(w: QuantizedWeight, rows: Tensor | slice) -> Tensor:
     """The fp32 values of some rows, or of a slice of all."""
     assert w.absmax is not None
+    absmax = w.absmax.view(-1)[rows].unsqueeze(1)
     if w.format == "int8":
-        return w.weight[rows].float() * (w.absmax[rows] * INT8_STEP).unsqueeze(1)
-    return w.weight[rows].view(torch.float8_e4m3fn).float() * w.absmax[rows].unsqueeze(1)
+        return w.weight[rows].float() * (absmax * INT8_STEP)
+    return w.weight[rows].view(torch.float8_e4m3fn).float() * absmax
 
 
 def _decode_8bit(w: QuantizedWeight, dtype: torch.dtype) -> Tensor:
@@ -257,7 +262,7 @@ def rows_per_slice(w: QuantizedWeight) -> int:
 def slice_rows(w: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
     """Rows start..stop as a weight that aliases `w`; both multiples of `rows_per_slice(w)`, or stop is N."""
     if w.code is None:
-        absmax = None if w.absmax is None else w.absmax[start:stop]
+        absmax = None if w.absmax is None else w.absmax.view(-1)[start:stop]
         return w._replace(weight=w.weight[start:stop], absmax=absmax, out_features=stop - start)
     first, last = start * w.in_features, stop * w.in_features
 

@@ -113,9 +113,9 @@ def pack(weight: Tensor, format: str) -> QuantizedWeight:
         ValueError: another format.
     """
     check_choice("format", format, PACKINGS)
-    if weight.dim() != 2 or not weight.is_floating_point():
+    if weight.dim() != 2 or not weight.is_floating_point() or not weight.shape[1]:
         raise UnsupportedWeight(f"weight: expected floating [N, K], got {weight.dtype} {list(weight.shape)}")
-    values = weight.detach().float()
+    values = weight.detach().float().contiguous()
     if not values.isfinite().all():
         raise UnsupportedWeight("weight: expected finite values, got NaN or infinity")
     if format == "mxfp4":

@@ -3,12 +3,13 @@
     LoRA   Y = X·Ŵᵀ + s·(drop(X)·Aᵀ·Bᵀ + lora_bias) + bias        X [..., K], Ŵ [N, K], A [R, K], B [N, R]
     DoRA   Y = c ⊙ (X_d·Ŵᵀ + s·X_d·Aᵀ·Bᵀ) + (X − X_d)·Ŵᵀ + bias   c = m / ‖Ŵ + s·B·A‖, X_d = drop(X), m [N]
 
-The fused op carries one active adapter, LoRA or DoRA.
+The fused op carries one active adapter, LoRA or DoRA. Merging is PEFT's, but for packed weights, which it
+quantizes anew each time: unmerging gives back the bytes that were there.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import bnb as peft_bnb
@@ -114,9 +115,65 @@ class FusedLinear(FusedLora, peft_lora.Linear):
     """PEFT's LoRA layer on a dense `nn.Linear` or `Conv1D`, with the fused forward."""
 
 
-class FusedLinear4bit(FusedLora, peft_bnb.Linear4bit):
+class Unmerged(NamedTuple):
+    """The packed weight of a layer with merged adapters, before they were."""
+
+    weight: Any
+    attributes: dict[str, Any]  # of `weight`: PEFT's merge takes some from it
+    scales: tuple[Any, ...]  # of an 8-bit layer's state
+    merged: Any
+    """The weight that merging put in its place; None while it does."""
+
+
+_SCALES = ("CB", "SCB")
+
+
+class _Packed:
+    """What the layers on packed weights share. A merged one holds both weights, until it is unmerged."""
+
+    unmerged: Unmerged | None = None
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        base = self.get_base_layer()  # type: ignore[attr-defined]
+        kept = self._kept(base)
+        if kept is None and not self.merged:  # type: ignore[attr-defined]
+            scales = tuple(getattr(base.state, name) for name in _SCALES) if hasattr(base, "state") else ()
+            kept = Unmerged(base.weight, dict(vars(base.weight)), scales, None)
+        if kept is None:
+            return super().merge(safe_merge, adapter_names)  # type: ignore[misc]
+        # PEFT's merge of a second DoRA adapter takes the first one out, and merges it again.
+        self.unmerged = kept._replace(merged=None)
+        try:
+            super().merge(safe_merge, adapter_names)  # type: ignore[misc]
+        finally:  # of several adapters the first may be merged already
+            self.unmerged = kept._replace(merged=base.weight)
+            if not self.merged:  # type: ignore[attr-defined]
+                del self.unmerged
+
+    def unmerge(self) -> None:
+        base = self.get_base_layer()  # type: ignore[attr-defined]
+        kept = self._kept(base)
+        super().unmerge()  # type: ignore[misc]
+        self.__dict__.pop("unmerged", None)
+        if kept is None:
+            return
+        device = base.weight.device
+        vars(kept.weight).update(kept.attributes)
+        base.weight = kept.weight if kept.weight.device == device else kept.weight.to(device)
+        if "quant_state" in vars(base):
+            base.quant_state = base.weight.quant_state
+        for name, scale in zip(_SCALES, kept.scales, strict=False):
+            setattr(base.state, name, None if scale is None else scale.to(device))
+
+    def _kept(self, base: Any) -> Unmerged | None:
+        """What to give back; None where nothing is merged, or another weight was set since."""
+        kept = self.unmerged
+        return kept if kept is not None and (kept.merged is None or kept.merged is base.weight) else None
+
+
+class FusedLinear4bit(FusedLora, _Packed, peft_bnb.Linear4bit):
     """PEFT's LoRA layer on a bitsandbytes `Linear4bit`, with the fused forward."""
 
 
-class FusedLinear8bitLt(FusedLora, peft_bnb.Linear8bitLt):
+class FusedLinear8bitLt(FusedLora, _Packed, peft_bnb.Linear8bitLt):
     """PEFT's LoRA layer on a bitsandbytes `Linear8bitLt`, with the fused forward."""

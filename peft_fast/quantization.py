@@ -14,11 +14,11 @@ from torch import nn
 
 from .adapter_linear import AdapterLinear
 from .base_models import HEADS
-from .errors import UnsupportedLayer
+from .errors import UnsupportedLayer, UnsupportedWeight
 from .formats import BLOCK_SIZES, DENSE_DTYPES, from_linear, is_conv1d
 from .functional import check_choice
 from .fused_layer import observed
-from .modules import LowRankLinear, is_linear4bit, is_linear8bit
+from .modules import LowRankLinear, check_base, is_linear4bit, is_linear8bit
 from .packed_linear import PackedLinear
 from .packing import PACKINGS
 from .swap import check_module, reader_reason
@@ -62,7 +62,7 @@ def quantize(
 
     Raises:
         UnsupportedLayer: no layer can be replaced, one is on the meta device, or `model` has adapters.
-        UnsupportedWeight: a weight cannot be packed; for mxfp4, K has to be a multiple of 32.
+        UnsupportedWeight: a weight has NaN or infinity, or for mxfp4 a K that is no multiple of 32.
         ValueError: `quant`, `blocksize` or `compute_dtype` is none of these, or another than that of the
             layers of a transformers model which are in 4 bits already.
         In each case nothing was changed.
@@ -91,12 +91,13 @@ def to_packed(model: nn.Module) -> list[str]:
         The names of the layers that were replaced.
 
     Raises:
-        UnsupportedLayer: there is no such layer, one has hooks or a forward of its own, or `model` has
-            adapters.
-        UnsupportedWeight: a weight is not quantized yet, or was repacked.
+        UnsupportedLayer: there is no such layer, one has hooks or a forward of its own, or a weight of other
+            sizes than it says, or `model` has adapters.
+        UnsupportedWeight: a weight is not quantized yet, was repacked, or contradicts itself.
         In each case nothing was changed.
     """
     check_unadapted(model)
+    check_container(model)
     layers: dict[str, Any] = {
         name: m
         for name, m in model.named_modules(remove_duplicate=False)
@@ -117,6 +118,7 @@ def to_packed(model: nn.Module) -> list[str]:
 
 
 def _packed(layer: Any) -> PackedLinear:
+    check_base(layer)
     state = getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
     return PackedLinear(from_linear(layer), layer.bias, getattr(state, "dtype", None)).train(layer.training)
 
@@ -187,6 +189,15 @@ def check_unadapted(model: nn.Module) -> None:
             )
 
 
+def check_container(model: nn.Module) -> None:
+    """Raises `UnsupportedLayer` for a layer that no module holds, so that nothing can take its place."""
+    if isinstance(model, nn.Linear) or is_conv1d(model) or is_linear4bit(model) or is_linear8bit(model):
+        raise UnsupportedLayer(
+            f"model: expected a module with layers in it, got a layer, {type(model).__name__}, itself; "
+            "AdapterLinear.from_linear and PackedLinear.from_linear take one"
+        )
+
+
 def is_within(name: str, ends: Iterable[str]) -> bool:
     """Whether a part of the dotted `name` ends in one of `ends`: the layer, or a module around it."""
     return any(part.endswith(tuple(ends)) for part in name.split("."))
@@ -202,6 +213,7 @@ def quantizable(
         saved_modules: ends of names of modules that are trained whole, beside the output layers.
     """
     check_unadapted(model)
+    check_container(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     owners = collections.Counter(id(p) for m in modules.values() for p in m._parameters.values())
     skipped = (*skip_modules, *_kept_in_fp32(model))
@@ -220,6 +232,8 @@ def quantizable(
             reasons.append(f"{name}: {reason}")
         elif layer.weight.is_meta:
             raise UnsupportedLayer(f"model: expected layers with data, got {name!r} on the meta device")
+        elif not layer.weight.isfinite().all():  # double quantization would make all of it NaN
+            raise UnsupportedWeight(f"{name}.weight: expected finite values, got NaN or infinity")
         else:
             chosen.append(name)
     if not chosen:

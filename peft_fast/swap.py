@@ -8,7 +8,7 @@ An `AdapterLinear`, `LoRALinear` or `DoRALinear` is fused as it is, and left alo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
@@ -73,7 +73,8 @@ def accelerate(
         BackendUnavailable: the named backend cannot run a layer; nothing was changed.
         ValueError: `methods` or `backend` is not known.
     """
-    if isinstance(methods, str) or not methods or not set(methods) <= set(ALL):
+    known = isinstance(methods, Collection) and all(name in ALL for name in methods)
+    if not known or isinstance(methods, str) or not methods:
         raise ValueError(f"methods: expected a tuple of {ALL}, got {methods!r}")
     backends.check_name(backend)
     check_module(model)
@@ -135,7 +136,7 @@ def _restore_layer(layer: Any) -> bool:
         return False
     layer.__class__ = stock
     swapped = "backend" in layer.__dict__
-    for name in ("backend", "methods", "norms"):
+    for name in ("backend", "methods", "norms", "unmerged"):
         layer.__dict__.pop(name, None)
     return swapped
 

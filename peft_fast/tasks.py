@@ -242,14 +242,19 @@ def _records(argument: str, path: str) -> Iterable[tuple[int, dict[str, Any]]]:
     lines = io.StringIO(_read(argument, path))  # ends lines at \n alone: a text may hold other separators
     if suffix == ".csv":
         reader = csv.DictReader(lines)
-        yield from ((reader.line_num, row) for row in reader)
+        try:
+            yield from ((reader.line_num, row) for row in reader)
+        except csv.Error as error:
+            raise ValueError(
+                f"{argument}: expected CSV after line {reader.line_num} of {path!r}, got {error}"
+            ) from error
         return
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{argument}: expected JSON in line {number} of {path!r}, got {error}"
             ) from error
@@ -272,23 +277,25 @@ def _read(argument: str, path: str) -> str:
 
 def _causal_lm(config: TrainConfig, tokenizer: Any) -> Task:
     assert config.data is not None
-    blocks = _blocks("data", config.data, config.block_size, tokenizer)
+    size = config.block_size
     if config.eval_data is not None:
-        held_out = _blocks("eval_data", config.eval_data, config.block_size, tokenizer)
+        blocks = _blocks("data", config.data, size, tokenizer, least=1)
+        held_out = _blocks("eval_data", config.eval_data, size, tokenizer, least=1)
     else:
+        blocks = _blocks("data", config.data, size, tokenizer, least=2)
         count = max(1, round(EVAL_SHARE * len(blocks)))  # the end of the text
         blocks, held_out = blocks[:-count], blocks[-count:]
-    if not blocks or not held_out:
-        raise ValueError(
-            f"data: expected at least {2 * config.block_size} tokens in {config.data!r} to train and to "
-            f"evaluate in blocks of {config.block_size}, got {len(blocks)} and {len(held_out)} blocks"
-        )
     return Task(blocks, held_out, None)
 
 
-def _blocks(argument: str, path: str, size: int, tokenizer: Any) -> list[Features]:
-    """The text of a file in blocks of `size` tokens; what is left at its end is dropped."""
+def _blocks(argument: str, path: str, size: int, tokenizer: Any, *, least: int) -> list[Features]:
+    """The text of a file in blocks of `size` tokens, `least` or more; what is left at its end is dropped."""
     ids = tokenizer(_read(argument, path), add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < least * size:
+        raise ValueError(
+            f"{argument}: expected at least {least * size} tokens in {path!r} for {least} blocks of "
+            f"{size}, got {len(ids)}"
+        )
     starts = range(0, len(ids) - size + 1, size)
     return [
         {"input_ids": ids[i : i + size], "attention_mask": [1] * size, "labels": ids[i : i + size]}

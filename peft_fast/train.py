@@ -41,7 +41,7 @@ from .formats import from_linear
 from .info import cpu_name, versions
 from .initialization import Factors
 from .reft import LoReFTConfig, ReftModel
-from .trainer import COMPLETE, AdapterTrainer, ProgressReport, accuracy, length
+from .trainer import AdapterTrainer, ProgressReport, accuracy, last_checkpoint, length
 
 
 def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]:
@@ -65,8 +65,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     arguments = _training_arguments(config, len(task.train), label_names=task.label_names, use_cpu=not cuda)
     if not arguments.should_save:
         console = Console(quiet=True)
-    with arguments.main_process_first(local=False):
-        checkpoint = _prepare_folder(config, console, writes=arguments.should_save)
+    checkpoint = _find_checkpoint(config, console)
 
     set_seed(config.seed)
     initial: dict[str, Factors] = {}
@@ -96,6 +95,8 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         callbacks=[progress],
     )
     trainer.remove_callback(PrinterCallback)
+    if arguments.should_save and checkpoint is None:
+        _empty_folder(config)
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -137,35 +138,40 @@ def _silence_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
 
 
-def _prepare_folder(config: TrainConfig, console: Console, *, writes: bool) -> Path | None:
-    """Makes the run's folder ready if this process `writes`; returns the checkpoint to resume from, if any.
+def _find_checkpoint(config: TrainConfig, console: Console) -> Path | None:
+    """The checkpoint to resume from, if any; changes nothing.
 
     Raises:
-        ValueError: the folder holds an unfinished run and neither --resume nor --overwrite was given.
+        ValueError: the folder holds an unfinished run and neither --resume nor --overwrite was given, or a
+            file of the checkpoint is not as it was written.
+        FileNotFoundError: a file of the checkpoint is missing.
     """
     folder = config.folder
     checkpoints = folder / "checkpoints"
     if config.resume:
-        complete = [p.parent for p in checkpoints.glob(f"checkpoint-*/{COMPLETE}")]
-        if not complete:
+        last = last_checkpoint(checkpoints)
+        if last is None:
             console.print(f"No complete checkpoint in {checkpoints}: starting from the beginning.")
-            return None
-        last = max(complete, key=lambda p: int(p.name.rpartition("-")[2]))
-        console.print(f"Resuming from {last}.")
+        else:
+            console.print(f"Resuming from {last}.")
         return last
-    if not writes:
-        return None
     if checkpoints.is_dir() and not (folder / "metrics.json").is_file() and not config.overwrite:
         raise ValueError(
             f"output: expected a folder without an unfinished run, got {str(folder)!r} "
             "(--resume continues it, --overwrite starts again)"
         )
-    for old in (checkpoints, folder / "adapter"):
-        shutil.rmtree(old, ignore_errors=True)
-    (folder / "metrics.json").unlink(missing_ok=True)
+    return None
+
+
+def _empty_folder(config: TrainConfig) -> None:
+    """Removes what an earlier run left, and writes the options of this one."""
+    folder = config.folder
+    for old in ("checkpoints", "adapter"):
+        shutil.rmtree(folder / old, ignore_errors=True)
+    for old in ("metrics.json", "curves.png"):
+        (folder / old).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     options.save(config, folder / "config.yaml")
-    return None
 
 
 def _training_arguments(

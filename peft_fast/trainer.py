@@ -21,10 +21,30 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from . import tasks
+from .files import check_seal, seal
 from .trainer_checkpoints import TrainerCheckpoints
 
 COMPLETE = "complete"
-"""A file that a checkpoint gets last: without it the job was killed while writing."""
+"""A file that a checkpoint gets last, with the sums of the others: without it the job was killed before."""
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last complete checkpoint in a folder; None where there is none.
+
+    Raises:
+        FileNotFoundError, ValueError: a file of it is missing, or is not as it was written.
+    """
+    steps = {path.parent.name.rpartition("-")[2]: path for path in folder.glob(f"checkpoint-*/{COMPLETE}")}
+    numbers = [step for step in steps if step.isdecimal()]
+    if not numbers:
+        return None
+    last = max(numbers, key=int)
+    written = check_seal(steps[last]).get("step")
+    if written != int(last):
+        raise ValueError(
+            f"{steps[last]}: step: expected {last}, as in the name of the folder, got {written!r}"
+        )
+    return steps[last].parent
 
 
 def length(features: tasks.Features) -> int:
@@ -169,7 +189,8 @@ class ProgressReport(TrainerCallback, ExportableState):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         args.distributed_state.wait_for_everyone()  # each process writes its random state
         if args.should_save:
-            Path(args.output_dir, f"checkpoint-{state.global_step}", COMPLETE).touch()
+            step = state.global_step
+            seal(Path(args.output_dir, f"checkpoint-{step}", COMPLETE), step=step)
 
     def stop(self) -> None:
         self._bar.stop()

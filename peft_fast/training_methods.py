@@ -29,6 +29,8 @@ class TrainingMethod(NamedTuple):
     """Whether --stock has something to compare with."""
     choices: Mapping[str, tuple[str, ...]] = {}
     """Of options that have others elsewhere."""
+    checkpointing: bool = True
+    """Whether it trains with --checkpointing, where transformers drops keys and values given from outside."""
 
 
 def _targets(config: TrainConfig) -> Any:
@@ -138,9 +140,9 @@ TRAINING_METHODS: dict[str, TrainingMethod] = {
     "adapter-series": TrainingMethod(
         {"lr": 1e-3, "r": 8, "act": "gelu", **_TARGETS}, _own("series", r="r", act="act"), stock=False
     ),
-    "vera": TrainingMethod({"lr": 1e-2, "r": 256, "dropout": 0.0, **_TARGETS}, _vera, stock=True),
+    "vera": TrainingMethod({"lr": 5e-2, "r": 256, "dropout": 0.0, **_TARGETS}, _vera, stock=True),
     "s2lora": TrainingMethod(
-        {"lr": 1e-3, "r": 32, "alpha": 32.0, "dropout": 0.0, **_TARGETS},
+        {"lr": 3e-3, "r": 32, "alpha": 32.0, "dropout": 0.0, **_TARGETS},
         _own("s2lora", r="r", alpha="lora_alpha", dropout="dropout"),
         stock=False,
     ),
@@ -150,10 +152,12 @@ TRAINING_METHODS: dict[str, TrainingMethod] = {
     "ia3": TrainingMethod({"lr": 1e-2, **_TARGETS}, _ia3, stock=True),
     "ssf": TrainingMethod({"lr": 3e-3, **_TARGETS}, _own("ssf"), stock=False),
     "bitfit": TrainingMethod({"lr": 3e-3, **_TARGETS}, _own("bitfit"), stock=False),
-    "prefix": TrainingMethod({"lr": 1e-2, **_PROMPT}, _prompt_learning("PrefixTuningConfig"), stock=True),
+    "prefix": TrainingMethod(
+        {"lr": 1e-2, **_PROMPT}, _prompt_learning("PrefixTuningConfig"), stock=True, checkpointing=False
+    ),
     "prompt": TrainingMethod({"lr": 1e-2, **_PROMPT}, _prompt_learning("PromptTuningConfig"), stock=True),
     "p-tuning": TrainingMethod({"lr": 1e-3, **_PROMPT}, _prompt_learning("PromptEncoderConfig"), stock=True),
-    "freeze": TrainingMethod({"lr": 3e-4, "layers": "1"}, _freeze, stock=True),
+    "freeze": TrainingMethod({"lr": 1e-3, "layers": "1"}, _freeze, stock=True),
 }
 
 

@@ -4,9 +4,9 @@
 
 Every sum, difference, product, quotient and minus sign of the modules in `SUITES` is mutated, a sign flipped,
 a term or a factor dropped, and every tuple that is returned has one element dropped or two swapped. A mutant
-is caught by the first test that fails; one that passes them all survived. Those in `EQUIVALENT` change no
-result, for the reason that stands there; when a test fails for one of them, that reason is wrong. Exit code 1
-where another one survives.
+is caught by the first test that fails; one that passes them all survived; of one whose tests do not end it is
+not known, so it is counted apart. Those in `EQUIVALENT` change no result, for the reason that stands there;
+when a test fails for one of them, that reason is wrong. Exit code 1 where another one survives.
 
 Mutants live in memory: a forked process compiles the changed module in place of the one on disk.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import collections
 import copy
 import csv
 import importlib.abc
@@ -30,7 +31,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests"
 TIMEOUT = 300
-"""Seconds after which a mutant counts as caught: it does not end."""
+"""Seconds after which the tests of a mutant are ended."""
+ENDLESS = f"no end within {TIMEOUT} s"
 
 OPS = ("test_ops.py", "test_out_scale.py", "test_loreft.py", "test_second_order.py", "test_dora_norms.py")
 SUITES: dict[str, tuple[str, ...]] = {
@@ -75,9 +77,9 @@ class Outcome(NamedTuple):
     function: str
     mutation: str
     outcome: str
-    """ "caught", "survived" or "equivalent"."""
+    """ "caught", "endless", "survived" or "equivalent"."""
     by: str
-    """The first test that failed, or the reason why none can."""
+    """The first test that failed, or the reason why none did."""
     seconds: float
 
 
@@ -216,7 +218,7 @@ def caught_by(mutant: Mutant | None, arguments: tuple[str, ...]) -> str | None:
     sender.close()
     try:
         if not receiver.poll(TIMEOUT):
-            return f"no end within {TIMEOUT} s"
+            return ENDLESS
         return receiver.recv()
     except EOFError:
         return "the process died"
@@ -229,7 +231,10 @@ def judge(mutant: Mutant) -> Outcome:
     start = time.monotonic()
     test = caught_by(mutant, SUITES[mutant.module])
     reason = EQUIVALENT.get(mutant.key)
-    outcome = "caught" if test is not None else "survived" if reason is None else "equivalent"
+    if test is not None:
+        outcome = "endless" if test == ENDLESS else "caught"
+    else:
+        outcome = "survived" if reason is None else "equivalent"
     by = test if test is not None else reason or ""
     return Outcome(*mutant[:4], outcome, by, round(time.monotonic() - start, 1))
 
@@ -253,8 +258,8 @@ def main() -> int:
             wrong += unexpected
             mark = "!!" if unexpected else "  "
             print(f"{mark} {row.outcome:10} {module}.py:{row.line} {row.mutation}  [{row.by}]", flush=True)
-        caught = sum(row.outcome == "caught" for row in rows if row.module == module)
-        print(f"{module}: {caught} of {len(found)} mutants caught", flush=True)
+        counts = collections.Counter(row.outcome for row in rows if row.module == module)
+        print(f"{module}: {len(found)} mutants, {dict(counts)}", flush=True)
     if options.csv is not None:
         with options.csv.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")

@@ -280,6 +280,9 @@ class Attention(nn.Module):
         (tied, AdapterConfig("ssf"), "its weight has another owner"),
         (Attention, AdapterConfig("ssf", target_modules=["out_proj"]), "uses its .weight without calling it"),
         (adapted, AdapterConfig("ssf"), "model: expected one without adapters"),
+        (lambda: nn.Linear(8, 8), AdapterConfig("ssf"), "expected a module with layers in it, got a layer"),
+        (bert, AdapterConfig("ssf", target_modules=["query", "typo"]), "target_modules: expected the end of"),
+        (bert, AdapterConfig("ssf", exclude_modules=["typo"]), "exclude_modules: expected the end of"),
         (
             lambda: get_peft_model(bert(), LoraConfig(target_modules=["query"])),
             AdapterConfig("ssf"),
@@ -296,6 +299,14 @@ def test_a_refused_call_changes_nothing(make, config, message):
     assert_unchanged(model, before)
 
 
+def test_what_does_not_fit_into_memory_changes_nothing():
+    model = bert("nf4")
+    before = state_of(model)
+    with pytest.raises(RuntimeError, match=r"allocate|memory|too large|overflow"):
+        get_adapter_model(model, AdapterConfig("parallel", r=2**50))
+    assert_unchanged(model, before)
+
+
 def test_a_weight_that_is_read_directly_is_passed_over():
     model = get_adapter_model(Attention(), AdapterConfig("ssf"))
     assert list(model.adapters) == ["out"]
@@ -309,6 +320,8 @@ def spoil(folder, change):
 
 
 def described(folder, **options):
+    """Without the sums, which would say that the options have changed."""
+    spoil(folder, lambda tensors: None)
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **options}))
 

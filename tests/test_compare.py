@@ -66,6 +66,21 @@ def test_the_table_has_means_and_spreads_and_goes_on_where_it_stopped(options, t
     assert in_this_process[-1].steps == 1  # another job is not the one that had finished
 
 
+@pytest.mark.parametrize("damage", ["", "{}", "[]", '{"config": {"method"'])
+def test_a_run_whose_metrics_are_damaged_is_not_finished(options, tmp_path, damage):
+    (job,) = jobs(["ssf"], [0], tmp_path, options)
+    job.folder.mkdir()
+    (job.folder / "metrics.json").write_text(damage)
+    assert finished(job) is None
+
+
+def test_an_option_goes_to_the_methods_that_have_its_value(options, tmp_path):
+    lora, loreft = jobs(["lora", "loreft"], [0], tmp_path, {**options, "init": "pissa"})
+    assert (lora.init, loreft.init) == ("pissa", "pyreft")
+    with pytest.raises(ValueError, match="init: expected a value that one of"):
+        jobs(["lora", "loreft"], [0], tmp_path, {**options, "init": "nonsense"})
+
+
 def test_a_run_that_fails_is_named_and_the_others_are_kept(options, tmp_path, monkeypatch):
     (job,) = jobs(["ssf"], [0], tmp_path, options)
     failed = subprocess.CompletedProcess([], 2, stdout="", stderr="a warning\npeft-fast: model: expected\n")

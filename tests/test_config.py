@@ -26,6 +26,7 @@ from peft_fast.training_methods import TRAINING_METHODS, default_text
         ({"init": "zero"}, "init: expected one of default, pissa, olora, pyreft, identity, got 'zero'"),
         ({"method": "loreft", "init": "pissa"}, "init: expected one of pyreft, identity, got 'pissa'"),
         ({"method": "ssf", "stock": True}, "stock: expected none for method 'ssf', which PEFT lacks"),
+        ({"method": "prefix", "checkpointing": True}, "checkpointing: expected False for method 'prefix'"),
         ({"method": "ia3", "r": 8}, "r: expected none for method 'ia3', got 8"),
         ({"method": "prompt", "dropout": 0.0}, "dropout: expected none for method 'prompt', got 0.0"),
         ({"method": "vera", "lora_plus_ratio": 4}, "lora_plus_ratio: expected none for method 'vera'"),

@@ -1,4 +1,7 @@
-"""Spoiled files are typed errors that name the file, and load nothing: edits, heads, configs, tables."""
+"""Spoiled files are typed errors that name the file, and load nothing: adapters, heads, configs, tables.
+
+Of training checkpoints: test_corrupt_checkpoints.py.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,39 @@ import hashlib
 import json
 import os
 import signal
-import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from corruptions import JSON_FILE, TENSOR_FILE, Spoil, edited, options, without
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft_fast.triton_kernels import strategies
 from reft_models import reft_llama, same, tiny_bert, tiny_llama
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_fast import ReftModel, UnsupportedLayer, UnsupportedWeight, base_models, config
+from peft_fast import (
+    AdapterConfig,
+    AdapterModel,
+    ReftModel,
+    UnsupportedLayer,
+    UnsupportedWeight,
+    adapter_model,
+    base_models,
+    config,
+    files,
+    get_adapter_model,
+)
 from peft_fast.reft.files import CONFIG, tensors_of
 
 WEIGHTS, HEAD = "adapter_model.safetensors", base_models.HEAD_FILE
 TYPED = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, UnsupportedLayer, UnsupportedWeight)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-Spoil = Callable[[Path], object]
 
 
 def digest(model: nn.Module) -> str:
@@ -37,129 +52,40 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def edited(change: Callable[[bytearray], object]) -> Spoil:
-    def spoil(file: Path) -> None:
-        content = bytearray(file.read_bytes())
-        change(content)
-        file.write_bytes(content)
+class Saved(NamedTuple):
+    """A kind of adapter, and how it is loaded."""
 
-    return spoil
-
-
-def flipped(at: int, bit: int = 0) -> Spoil:
-    """One bit of the byte at this place, from the end where it is negative."""
-    return edited(lambda content: content.__setitem__(at, content[at] ^ (1 << bit)))
+    make: Callable[..., Any]
+    load: Callable[[Any, Path], Any]
+    base: type
+    config: str
 
 
-def truncated(share: float) -> Spoil:
-    return edited(lambda content: content.__delitem__(slice(int(share * len(content)), None)))
+def adapted_llama(**options: Any) -> nn.Module:
+    """Layers that share factors, and a module that is trained whole."""
+    torch.manual_seed(2)
+    options = {"r": 4, "target_modules": ["q_proj", "up_proj"], "modules_to_save": ["norm"], **options}
+    return get_adapter_model(tiny_llama(), AdapterConfig("vera", **options))
 
 
-def written(content: bytes) -> Spoil:
-    return lambda file: file.write_bytes(content)
-
-
-def as_folder(file: Path) -> None:
-    file.unlink()
-    file.mkdir()
-
-
-def dangling(file: Path) -> None:
-    file.unlink()
-    file.symlink_to(file.with_name("nowhere"))
-
-
-# ------------------------------------------------------------------------------------------------ safetensors
-
-
-def header(change: Callable[[dict], object]) -> Spoil:
-    """The header of a safetensors file rewritten, its length with it, its data as they are."""
-
-    def spoil(file: Path) -> None:
-        content = file.read_bytes()
-        (length,) = struct.unpack("<Q", content[:8])
-        described = json.loads(content[8 : 8 + length])
-        change(described)
-        text = json.dumps(described).encode()
-        file.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
-
-    return spoil
-
-
-def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Spoil:
-    def spoil(file: Path) -> None:
-        stored = load_file(file)
-        change(stored)
-        save_file(stored, file)
-
-    return spoil
-
-
-def first(described: dict) -> dict:
-    return next(value for name, value in sorted(described.items()) if name != "__metadata__")
-
-
-def rename_first(stored: dict[str, torch.Tensor], name: str) -> None:
-    key = sorted(stored)[0]
-    stored[name] = stored.pop(key)
-
-
-def replace_float(stored: dict[str, torch.Tensor], make: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    key = next(name for name in sorted(stored) if stored[name].is_floating_point())
-    stored[key] = make(stored[key]).contiguous()
-
-
-def with_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda t: t.flatten().index_fill(0, torch.tensor([0]), value).view_as(t)
-
-
-ANY_FILE: dict[str, Spoil] = {
-    "emptied": written(b""),
-    "one byte": written(b"\0"),
-    "noise": written(bytes(range(256)) * 8),
-    "a folder": as_folder,
-    "missing": Path.unlink,
-    "a link to nowhere": dangling,
-    **{f"cut at {share}": truncated(share) for share in (0.02, 0.5, 0.9, 0.999)},
-}
-TENSOR_FILE: dict[str, Spoil] = {
-    **ANY_FILE,
-    "a pickle": lambda file: torch.save({"x": torch.ones(2)}, file),
-    **{f"length, byte {i}": flipped(i) for i in range(8)},
-    **{f"header, byte {i}": flipped(i, 3) for i in (8, 9, 12, 20)},
-    "a huge header": edited(lambda c: c.__setitem__(slice(0, 8), struct.pack("<Q", 2**62))),
-    "a negative header": edited(lambda c: c.__setitem__(slice(0, 8), b"\xff" * 8)),
-    "bytes behind the end": edited(lambda c: c.extend(b"more")),
-    "offsets beyond the end": header(lambda d: first(d)["data_offsets"].__setitem__(1, 2**40)),
-    "offsets in reverse": header(lambda d: first(d)["data_offsets"].reverse()),
-    "overlapping tensors": header(
-        lambda d: [v.update(data_offsets=[0, 4]) for v in d.values() if "dtype" in v]
+SAVED = {
+    "edits": Saved(reft_llama, lambda model, folder: model.load_edits(folder), ReftModel, CONFIG),
+    "adapters": Saved(
+        adapted_llama,
+        lambda model, folder: model.load_adapter(folder),
+        AdapterModel,
+        adapter_model.CONFIG,
     ),
-    "an unknown dtype": header(lambda d: first(d).update(dtype="F7")),
-    "a shape that lies": header(lambda d: first(d).update(shape=[3, 3])),
-    "a negative shape": header(lambda d: first(d).update(shape=[-1, 4])),
-    "a shape that overflows": header(lambda d: first(d).update(shape=[2**33, 2**33])),
-    "a header that is a list": written(struct.pack("<Q", 2) + b"[]"),
-    "no tensors": tensors(dict.clear),
-    "one missing": tensors(lambda t: t.pop(sorted(t)[0])),
-    "one too many": tensors(lambda t: t.update(extra=torch.ones(2))),
-    "a path as a name": tensors(lambda t: rename_first(t, "../../../etc/passwd")),
-    "an empty name": tensors(lambda t: rename_first(t, "")),
-    "another shape": tensors(lambda t: replace_float(t, lambda x: x.flatten()[:-1])),
-    "transposed": tensors(lambda t: replace_float(t, lambda x: x[None])),
-    "integers": tensors(lambda t: replace_float(t, lambda x: x.to(torch.int32))),
-    "not a number": tensors(lambda t: replace_float(t, with_value(float("nan")))),
-    **{f"payload, byte {i}": flipped(i) for i in (-1, -64, -200)},
-    "infinite": tensors(lambda t: replace_float(t, with_value(float("inf")))),
 }
 
 
 @pytest.fixture(scope="module")
-def edits(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("edits")
+def folders(tmp_path_factory) -> dict[str, Path]:
     torch.manual_seed(1)
-    reft_llama().save_pretrained(folder)
-    return folder
+    found = {name: tmp_path_factory.mktemp(name) for name in SAVED}
+    for name, folder in found.items():
+        SAVED[name].make().save_pretrained(folder)
+    return found
 
 
 def copied(folder: Path, to: Path) -> Path:
@@ -176,14 +102,54 @@ def refused(load: Callable[[], object], model: nn.Module, file: Path) -> None:
     assert digest(model) == before
 
 
+@pytest.mark.parametrize("name", SAVED)
 @pytest.mark.parametrize("spoiled", TENSOR_FILE)
-def test_edits(tmp_path, edits, spoiled):
-    folder = copied(edits, tmp_path)
+def test_tensors(tmp_path, folders, name, spoiled):
+    kind, folder = SAVED[name], copied(folders[name], tmp_path)
     TENSOR_FILE[spoiled](folder / WEIGHTS)
-    model, base = reft_llama(), tiny_llama()
-    refused(lambda: model.load_edits(folder), model, folder / WEIGHTS)
-    refused(lambda: ReftModel.from_pretrained(base, folder), base, folder / WEIGHTS)
-    assert not isinstance(base, ReftModel)
+    model, base = kind.make(), tiny_llama()
+    refused(lambda: kind.load(model, folder), model, folder / WEIGHTS)
+    refused(lambda: kind.base.from_pretrained(base, folder), base, folder / WEIGHTS)
+    assert not isinstance(base, kind.base)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_options_of_another_save(tmp_path, folders, name):
+    """A save that was broken off between its two files, each of which is whole."""
+    kind, folder = SAVED[name], copied(folders[name], tmp_path)
+    file = folder / kind.config
+    other = kind.make(dropout=0.25)
+    other._write(tmp_path / "other", None)
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps(dict(reversed(written.items()))))
+    kind.load(kind.make(), folder)
+    file.write_bytes((tmp_path / "other" / kind.config).read_bytes())
+    model, base = kind.make(), tiny_llama()
+    refused(lambda: kind.load(model, folder), model, file)
+    refused(lambda: kind.base.from_pretrained(base, folder), base, file)
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS)  # as another program writes it: without sums
+    kind.base.from_pretrained(base, folder)
+
+
+def test_stock_peft_loads_what_has_a_sum(tmp_path):
+    """Of the tensors and of the options, both of which it passes over."""
+    torch.manual_seed(3)
+    options = {"target_modules": ["q_proj"], "init_lora_weights": False}
+    stock = get_peft_model(tiny_llama(), LoraConfig(r=2, **options))
+    stock.save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = files.read_tensors(tmp_path / WEIGHTS)
+    files.write_adapter(tmp_path, tensors, "adapter_config.json", described)
+    with safe_open(tmp_path / WEIGHTS, "pt") as opened:
+        assert {"format", "sha256", "options_sha256"} == set(opened.metadata())
+    stored, again = files.read_adapter(tmp_path, "adapter_config.json", dict)
+    assert same(stored, tensors)
+    assert again == described
+    loaded = PeftModel.from_pretrained(stock.unload(), tmp_path)
+    state = loaded.state_dict()
+    assert all(
+        torch.equal(state[name.replace(".weight", ".default.weight")], t) for name, t in tensors.items()
+    )
 
 
 @pytest.mark.parametrize("spoiled", TENSOR_FILE)
@@ -197,30 +163,6 @@ def test_heads(tmp_path, spoiled):
 # ------------------------------------------------------------------------------------------------------- JSON
 
 
-def options(**changes: object) -> Spoil:
-    return lambda file: file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-
-def without(option: str) -> Spoil:
-    def spoil(file: Path) -> None:
-        content = json.loads(file.read_text())
-        del content[option]
-        file.write_text(json.dumps(content))
-
-    return spoil
-
-
-JSON_FILE: dict[str, Spoil] = {
-    **{name: spoil for name, spoil in ANY_FILE.items() if name != "cut at 0.999"},
-    "nested deeply": written(b"[" * 100_000),
-    "an object nested deeply": written(b'{"r":' * 100_000),
-    "a list": written(b"[]"),
-    "a number": written(b"1e999"),
-    "null": written(b"null"),
-    "text": written(b'"r"'),
-    "not UTF-8": written(b'{"r": "\xff\xfe"}'),
-    "two objects": edited(lambda c: c.extend(b"{}")),
-}
 REFT_JSON: dict[str, Spoil] = {
     **JSON_FILE,
     "an unknown option": options(rank=4),
@@ -243,15 +185,32 @@ REFT_JSON: dict[str, Spoil] = {
 }
 
 
-@pytest.mark.parametrize("spoiled", REFT_JSON)
-def test_configs_of_edits(tmp_path, edits, spoiled):
-    folder, base = copied(edits, tmp_path), tiny_llama()
-    REFT_JSON[spoiled](folder / CONFIG)
+ADAPTER_JSON: dict[str, Spoil] = {
+    **JSON_FILE,
+    "an unknown option": options(rank=4),
+    "no method": without("method"),
+    **{f"method = {value!r}": options(method=value) for value in ("../../etc", None, [], 4)},
+    **{f"r = {value!r}": options(r=value) for value in (0, -1, 1.5, "4", None, True, 10**30)},
+    **{f"target_modules = {value!r}": options(target_modules=value) for value in ([], "q", [""], ["x"], 0)},
+    **{f"{name} = 7": options(**{name: 7}) for name in ("modules_to_save", "adapter_dtype", "backend")},
+    "adapter_dtype = int8": options(adapter_dtype="int8"),
+    "r twice": edited(lambda c: c.__setitem__(slice(0, 1), b'{"r": 4,')),
+    **{f"dropout = {value!r}": options(dropout=value) for value in (float("nan"), -0.5, "0")},
+}
+CONFIGS = {CONFIG: REFT_JSON, adapter_model.CONFIG: ADAPTER_JSON}
+
+
+@pytest.mark.parametrize(
+    ("name", "spoiled"), [(name, spoiled) for name, kind in SAVED.items() for spoiled in CONFIGS[kind.config]]
+)
+def test_configs(tmp_path, folders, name, spoiled):
+    kind, folder, base = SAVED[name], copied(folders[name], tmp_path), tiny_llama()
+    CONFIGS[kind.config][spoiled](folder / kind.config)
     before = digest(base)
     with pytest.raises(TYPED):
-        ReftModel.from_pretrained(base, folder)
+        kind.base.from_pretrained(base, folder)
     assert digest(base) == before
-    assert not isinstance(base, ReftModel)
+    assert not isinstance(base, kind.base)
 
 
 def row(**changes: object) -> Spoil:

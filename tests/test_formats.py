@@ -7,7 +7,7 @@ import torch
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from cases import Case, device_of, make_weight
 
-from peft_fast import UnsupportedWeight, formats, ops, reference
+from peft_fast import UnsupportedWeight, formats, functional, ops, reference
 
 # The definition that bitsandbytes gives for any shape; its compiled CPU kernel reads the wrong scale where a
 # row is not a whole number of blocks. Called without its torch.compile wrapper, so that it runs op by op.
@@ -94,6 +94,25 @@ def test_slices_are_weights_that_alias_the_whole(format, n, k, blocksize, nested
             part = formats.slice_rows(weight, start, stop).check()
             assert torch.equal(bits(part.decode(torch.float32)), bits(whole[start:stop]))
             assert part.weight.untyped_storage().data_ptr() == weight.weight.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("format", [name for name in formats.FORMATS if name != "dense"])
+def test_the_parts_of_a_weight_may_have_any_shape(format):
+    """What is checked of them is their number of elements: every definition takes them as flat."""
+    weight, rows = make_weight(format, 6, 64), torch.tensor([5, 0])
+    expected = weight.decode(torch.float32)
+    parts = ("absmax",) if weight.code is None else ("weight", *weight._fields[1:6])
+    for part in parts:
+        for shape in ((1, -1), (-1, 1), (6, -1)):
+            flat = getattr(weight, part).view(-1)
+            if shape[0] == 6 and flat.numel() % 6:
+                continue
+            other = weight._replace(**{part: flat.view(shape)}).check()
+            assert torch.equal(other.decode(torch.float32), expected), (part, shape)
+            assert torch.equal(formats.decode_rows(other, rows), expected[rows]), (part, shape)
+            assert torch.equal(functional.dequantize(other, torch.float32), expected), (part, shape)
+            whole = formats.slice_rows(other, 0, 6)
+            assert torch.equal(whole.decode(torch.float32), expected), (part, shape)
 
 
 def test_rows_of_dense_weights_keep_float64():

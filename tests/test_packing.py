@@ -10,6 +10,7 @@ from cases import Case, device_of, make_weight
 from method_cases import DTYPES
 from tolerances import assert_as_exact
 from torch import nn
+from transformers import Conv1D
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from peft_fast import (
@@ -322,3 +323,25 @@ def test_an_fp8_state_dict_may_hold_fp8_numbers():
     state["weight"] = state["weight"].view(torch.float8_e4m3fn)
     layer.load_state_dict(state)
     assert torch.equal(layer.packed.decode(torch.float32), other.packed.decode(torch.float32))
+
+
+@pytest.mark.parametrize("format", PACKINGS)
+def test_a_transposed_weight_is_packed_as_its_copy(format):
+    """The weight of a `Conv1D` is one."""
+    stored = torch.randn(K, N)
+    packed, expected = pack(stored.t(), format), pack(stored.t().contiguous(), format)
+    for name in ("weight", "absmax"):
+        assert torch.equal(getattr(packed, name).view(torch.uint8), getattr(expected, name).view(torch.uint8))
+    layer = Conv1D(N, K)
+    x = torch.randn(3, K)
+    torch.testing.assert_close(PackedLinear.from_linear(layer, format)(x), layer(x), rtol=0.2, atol=0.2)
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_a_layer_that_no_module_holds_is_refused(quant):
+    layer = nn.Linear(64, 64)
+    with pytest.raises(
+        UnsupportedLayer, match="expected a module with layers in it, got a layer, Linear, itself"
+    ):
+        quantize(layer, quant)
+    assert dict(layer.named_children()) == {}

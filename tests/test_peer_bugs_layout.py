@@ -12,7 +12,9 @@ from peft_models import (
     WIDTH,
     accelerated,
     assert_same_model,
+    dora_net,
     inputs,
+    lora_config,
     lora_layers,
     one_layer,
     stock_net,
@@ -22,8 +24,8 @@ from peft_models import (
 from tolerances import relative_error
 from torch import nn
 
-from peft_fast import UnsupportedWeight, accelerate, lora_linear
-from peft_fast.formats import BLOCK_SIZES, from_linear
+from peft_fast import UnsupportedWeight, accelerate, formats, lora_linear, native, quantize, restore
+from peft_fast.formats import BLOCK_SIZES, QuantizedWeight, from_linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -168,3 +170,124 @@ def test_quant_storage_is_only_a_view():
     accelerate(fast, strict=True)
     assert lora_layers(fast)[0].base_layer.weight.dtype == torch.bfloat16
     assert_same_model(stock, fast, inputs(), calls=2)
+
+
+def base_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items() if "base_layer" in name}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+@pytest.mark.filterwarnings("ignore:.*due to rounding errors")
+@pytest.mark.parametrize(("packed", "net"), [("nf4", stock_net), ("nf4-flat", dora_net), ("int8", stock_net)])
+def test_merging_and_unmerging_does_not_drift(packed, net):
+    """peft #2321, #2501, mlx-lm #1564: a base that is quantized anew by every merge and unmerge wanders off.
+
+    Unmerging gives back its bytes: the hundredth merge of a small update has the error of one quantization.
+    """
+    model = accelerated(net(packed))
+    for layer in lora_layers(model):
+        layer.lora_B["default"].weight.data *= 1e-3
+    before, merged = base_state(model), None
+    for _ in range(100):
+        model.merge_adapter()
+        merged = merged or base_state(model)
+        assert same(base_state(model), merged)
+        assert not same(merged, before)
+        model.unmerge_adapter()
+        assert same(base_state(model), before)
+
+
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
+def test_the_weight_before_a_merge_goes_where_the_layer_goes():
+    """Into a copy, past a second merge, not past `restore`, and not over a weight that was set meanwhile."""
+    model = accelerated(stock_net("nf4"))
+    model.add_adapter("other", lora_config(r=3))
+    before = base_state(model)
+    model.merge_adapter(["default"])
+    model.merge_adapter(["other"])
+    copied, other = copy.deepcopy(model), copy.deepcopy(model)
+    model.unmerge_adapter()
+    copied.unmerge_adapter()
+    assert same(base_state(model), before)
+    assert same(base_state(copied), before)
+    base = lora_layers(other)[0].base_layer
+    base.weight = copy.deepcopy(lora_layers(stock_net("nf4"))[0].base_layer.weight)
+    set_meanwhile = from_linear(base).decode(torch.float32)
+    other.unmerge_adapter()
+    assert relative_error(from_linear(base).decode(torch.float32), set_meanwhile) > 0.01  # PEFT subtracts
+    model.merge_adapter()
+    restore(model)
+    assert all("unmerged" not in vars(layer) for layer in lora_layers(model))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_a_weight_that_is_not_finite_is_not_quantized(quant, value):
+    """bitsandbytes: one NaN, and double quantization makes every row of the layer NaN, without a word."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    model[1].weight.data[3, 5] = value
+    with pytest.raises(UnsupportedWeight, match=r"1\.weight: expected finite values"):
+        quantize(model, quant)
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+
+
+# ------------------------------------------------------------------------------------------- offsets past 2³¹
+
+BEYOND, COLS = 2**31, 2**20
+ROWS = BEYOND // COLS + 1
+"""The last row of a weight begins at element 2³¹."""
+AROUND = slice(BEYOND - 2, BEYOND + 2)
+
+
+def nf4_weight() -> QuantizedWeight:
+    """1, −1 | 2 · code 12, −2 around element 2³¹, else zeros, of which the untouched take no memory."""
+    packed = torch.zeros(ROWS * COLS // 2, dtype=torch.uint8)
+    packed[BEYOND // 2 - 1], packed[BEYOND // 2] = 0xF0, 0xC0
+    absmax = torch.zeros(ROWS * COLS // 4096)
+    absmax[BEYOND // 4096 - 1], absmax[BEYOND // 4096] = 1.0, 2.0
+    code = formats.code_table("nf4")
+    return QuantizedWeight(packed, absmax, code, None, None, None, "nf4", ROWS, COLS, 4096, 0)
+
+
+def int8_weight() -> QuantizedWeight:
+    """The same numbers to eight bits."""
+    data, absmax = torch.zeros(ROWS, COLS, dtype=torch.int8), torch.ones(ROWS)
+    data.view(-1)[AROUND] = torch.tensor([127, -127, 56, -127], dtype=torch.int8)
+    absmax[-1] = 2.0
+    return QuantizedWeight(data, absmax, None, None, None, None, "int8", ROWS, COLS, COLS, 0)
+
+
+def dense_weight() -> QuantizedWeight:
+    """The same numbers in fp16."""
+    data = torch.zeros(ROWS, COLS, dtype=torch.float16)
+    data.view(-1)[AROUND] = torch.tensor([1.0, -1.0, 0.88, -2.0], dtype=torch.float16)
+    return formats.from_dense(data)
+
+
+WEIGHTS = {"nf4": nf4_weight, "int8": int8_weight, "dense": dense_weight}
+EVERY = [(format, level) for level in native.levels() for format in WEIGHTS]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("format", "level"),
+    [EVERY[0], *(pytest.param(*case, marks=pytest.mark.endurance) for case in EVERY[1:])],
+)
+def test_weights_past_2_to_the_31_elements(format, level):
+    """bitsandbytes #1784, fla #1080, unsloth #3614: offsets past 2³¹ wrapped."""
+    weight = WEIGHTS[format]().check()
+    last = formats.decode_rows(weight, torch.tensor([ROWS - 2, ROWS - 1]))
+    expected = torch.tensor([[1.0, -1.0], [2 * formats.NF4_CODE[12], -2.0]])
+    torch.testing.assert_close(torch.stack((last[0, -2:], last[1, :2])), expected, rtol=0, atol=0.01)
+    x, grad = torch.zeros(1, COLS), torch.zeros(1, ROWS)
+    x[0, :2], x[0, -2:] = torch.tensor([100.0, 1000.0]), torch.tensor([10.0, 1.0])
+    grad[0, -2:] = torch.tensor([3.0, 5.0])
+    x.requires_grad_()
+    y = lora_linear(x, weight, x.new_empty(0, COLS), x.new_empty(ROWS, 0), backend=f"cpu-{level}")
+    y.backward(grad)
+    torch.testing.assert_close(y[:, -2:], x.detach() @ last.t())
+    torch.testing.assert_close(x.grad, grad[:, -2:] @ last)
+    assert not y[:, :-2].any()

@@ -199,7 +199,12 @@ SPOILED = {
     "no config": (lambda d: (d / FILES[1]).unlink(), FileNotFoundError, "reft_config.json"),
     "option": (reconfigured(rank=3), ValueError, "reft_config.json: rank: expected an option of"),
     "value": (reconfigured(positions="x"), ValueError, "reft_config.json: positions: expected"),
-    "variant": (reconfigured(variant="noreft"), ValueError, "variant: expected|basis: expected a tensor"),
+    "variant": (reconfigured(variant="noreft"), ValueError, "reft_config.json: expected the options that"),
+    "variant, without sums": (
+        lambda d: (reconfigured(variant="noreft")(d), changed(len)(d)),
+        ValueError,
+        "variant: expected|basis: expected a tensor",
+    ),
     "list": (lambda d: (d / FILES[1]).write_text("[]"), ValueError, "expected a JSON object, got list"),
 }
 

@@ -97,3 +97,22 @@ def test_texts_may_hold_line_separators(tmp_path, suffix):
             file.writelines(json.dumps({"text": t, "label": 1}, ensure_ascii=False) + "\n" for t in texts)
     config = TrainConfig(task="classification", data=str(path))
     assert tasks._labelled_rows("data", str(path), config) == [(text, "1") for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "a.csv",
+            "text,label\nfirst,1\n" + "x" * 200_000 + ",0\n",
+            r"data: expected CSV after line 2 of .*a\.csv",
+        ),
+        ("a.jsonl", "[" * 200_000, r"data: expected JSON in line 1 of .*a\.jsonl"),
+        ("a.jsonl", "1" * 5000, r"data: expected JSON in line 1 of .*a\.jsonl"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        list(tasks._records("data", str(path)))

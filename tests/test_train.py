@@ -219,6 +219,26 @@ def test_short_text_and_missing_model_are_named(llama, tmp_path):
         run(TrainConfig(model=tmp_path, **options))
 
 
+def test_a_short_text_for_evaluation_is_named(llama, tmp_path):
+    long, short = tmp_path / "long.txt", tmp_path / "short.txt"
+    long.write_text("w1 w2 w3 " * 30)
+    short.write_text("w1 w2 w3")
+    options = {"task": "causal-lm", "model": llama, "block_size": 16, "output": tmp_path / "run"}
+    with pytest.raises(ValueError, match=r"eval_data: expected at least 16 tokens in .*short\.txt"):
+        run(TrainConfig(**options, data=long, eval_data=short))
+
+
+def test_a_refused_job_leaves_the_run_before_it(bert, csv_file, tmp_path):
+    job = tiny(bert, csv_file, tmp_path / "a", steps=1)
+    run(job)
+    before = {file: file.read_bytes() for file in (tmp_path / "a").rglob("*") if file.is_file()}
+    for refused in ({"target_modules": "nope"}, {"backend": "cuda-gemv"}):
+        with pytest.raises(ValueError, match=r"No modules were targeted|cuda-gemv"):
+            run(tiny(bert, csv_file, tmp_path / "a", steps=1, **refused))
+    after = {file: file.read_bytes() for file in (tmp_path / "a").rglob("*") if file.is_file()}
+    assert after == before
+
+
 def test_explicit_backend_runs_or_raises(bert, csv_file, tmp_path):
     metrics = run(tiny(bert, csv_file, tmp_path / "a", steps=1, backend="reference"))
     assert metrics["layers"]["backends"] == {"reference": 13}

@@ -18,10 +18,8 @@ from ..files import (
     check_tensors,
     copy_tensors,
     from_state_dict,
-    read_config,
-    read_tensors,
-    write_json,
-    write_tensors,
+    read_adapter,
+    write_adapter,
 )
 from ..tuned_model import build as build_model
 from .config import LoReFTConfig
@@ -48,14 +46,12 @@ def save(model: ReftModel, directory: Path, state_dict: Mapping[str, Tensor] | N
     if state_dict is not None:
         keys = {name: _in_model(model, name) for name in tensors}
         tensors = from_state_dict(state_dict, keys, "an edit")
-    write_tensors(directory / WEIGHTS, tensors)
-    write_json(directory / CONFIG, model.reft_config.to_dict())
+    write_adapter(directory, tensors, CONFIG, model.reft_config.to_dict())
 
 
 def load(model: ReftModel, directory: Path) -> None:
     """Copies the edits in `directory` into those of `model`, which have to be alike; see `load_edits`."""
-    stored = read_tensors(directory / WEIGHTS, _WHAT)
-    config = read_config(directory / CONFIG, LoReFTConfig.from_dict)
+    stored, config = read_adapter(directory, CONFIG, LoReFTConfig.from_dict, _WHAT)
     for option in ("variant", "act_fn", "component", "positions", "dropout_on"):
         expected, got = getattr(model.reft_config, option), getattr(config, option)
         if got != expected:
@@ -72,8 +68,7 @@ def load(model: ReftModel, directory: Path) -> None:
 
 def from_pretrained(base_model: nn.Module, directory: Path) -> ReftModel:
     """See `ReftModel.from_pretrained`."""
-    stored = read_tensors(directory / WEIGHTS, _WHAT)
-    config = read_config(directory / CONFIG, LoReFTConfig.from_dict)
+    stored, config = read_adapter(directory, CONFIG, LoReFTConfig.from_dict, _WHAT)
 
     def fill(model: ReftModel) -> None:
         own = tensors_of(model)
