@@ -57,6 +57,7 @@ class AdapterConfig:
         backend: str = "auto",
         **options: Any,
     ) -> None:
+        options = {**options.pop("options", {}), **options}  # as `dataclasses.replace` gives them
         if target_modules != ALL_LINEAR:
             target_modules = _names("target_modules", target_modules, f"{ALL_LINEAR!r} or names")
         if not target_modules:

@@ -10,6 +10,7 @@ state-dict keys; factors that layers share are there once, under the first layer
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ from .methods import METHODS, resolve_options
 from .modules import allow_repacking, check_base, is_linear4bit, protect_from_repacking
 from .packed_linear import PackedLinear
 from .quantization import OUTPUT_LAYERS, check_container, check_unadapted, is_within
-from .swap import reader_reason
+from .swap import check_module, reader_reason
 from .swapped import subclass
 from .tuned_model import TunedModel, build
 
@@ -57,10 +58,13 @@ def get_adapter_model(model: nn.Module, config: AdapterConfig) -> AdapterModel:
         ValueError: an option of config does not fit the model.
         In each case the model is left as it was.
     """
-    check_unadapted(model)
-    check_container(model)
+    if not isinstance(config, AdapterConfig):
+        raise TypeError(f"config: expected an AdapterConfig, got {type(config).__name__}")
+    check_module(model)
     if any(isinstance(module, TunedModel | AdapterLinear) for module in model.modules()):
         raise UnsupportedLayer("model: expected one without adapters, got one that has some; see unload()")
+    check_unadapted(model)
+    check_container(model)
     saved = _saved(model, config)
     targets = _targets(model, config, saved) if config.method is not None else []
     if not targets and not saved:
@@ -137,19 +141,25 @@ class AdapterModel(TunedModel):
         tensors = tensors_of(self)
         if state_dict is not None:
             tensors = from_state_dict(state_dict, {key: key for key in tensors}, "an adapter's")
-        write_adapter(directory, tensors, CONFIG, self.adapter_config.to_dict())
+        described = self.adapter_config.to_dict()
+        del described["backend"]  # which is this machine's
+        write_adapter(directory, tensors, CONFIG, described)
 
     @classmethod
-    def from_pretrained(cls, base_model: nn.Module, directory: str | Path) -> AdapterModel:
+    def from_pretrained(
+        cls, base_model: nn.Module, directory: str | Path, *, backend: str = "auto"
+    ) -> AdapterModel:
         """`base_model`, adapted as the model that `save_pretrained` wrote to `directory`.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError, TypeError: a file does not fit; the message names it, and the model is left as it was.
+            ValueError, TypeError: a file, or `backend`, does not fit; the message names it, and the model is
+                left as it was.
             UnsupportedLayer: as `get_adapter_model`.
         """
         directory = Path(directory)
         stored, config = read_adapter(directory, CONFIG, AdapterConfig.from_dict)
+        config = dataclasses.replace(config, backend=backend)
 
         def fill(model: AdapterModel) -> None:
             own = tensors_of(model)

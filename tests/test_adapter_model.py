@@ -1,6 +1,7 @@
 """`get_adapter_model`: every method on a model, what is trained, saved and put back, and what is refused."""
 
 import copy
+import dataclasses
 import json
 import pickle
 
@@ -279,7 +280,11 @@ class Attention(nn.Module):
         ),
         (tied, AdapterConfig("ssf"), "its weight has another owner"),
         (Attention, AdapterConfig("ssf", target_modules=["out_proj"]), "uses its .weight without calling it"),
-        (adapted, AdapterConfig("ssf"), "model: expected one without adapters"),
+        (
+            adapted,
+            AdapterConfig("ssf"),
+            "model: expected one without adapters, got one that has some; see unload()",
+        ),
         (lambda: nn.Linear(8, 8), AdapterConfig("ssf"), "expected a module with layers in it, got a layer"),
         (bert, AdapterConfig("ssf", target_modules=["query", "typo"]), "target_modules: expected the end of"),
         (bert, AdapterConfig("ssf", exclude_modules=["typo"]), "exclude_modules: expected the end of"),
@@ -353,6 +358,23 @@ def test_files_that_do_not_fit_change_nothing(tmp_path, change, message):
         AdapterModel.from_pretrained(model, tmp_path)
     assert message in str(error.value)
     assert_unchanged(model, before)
+
+
+def test_an_adapter_runs_where_its_backend_is_missing(tmp_path):
+    adapted(backend="triton").save_pretrained(tmp_path)
+    assert "backend" not in json.loads((tmp_path / "adapter_config.json").read_text())
+    assert AdapterModel.from_pretrained(bert(), tmp_path).adapter_config.backend == "auto"
+    model = AdapterModel.from_pretrained(bert(), tmp_path, backend="reference")
+    assert {layer.backend for layer in model.adapters.values()} == {"reference"}
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        AdapterModel.from_pretrained(bert(), tmp_path, backend="abacus")
+
+
+def test_a_config_is_replaced_and_checked():
+    config = dataclasses.replace(AdapterConfig("vera", r=8), backend="reference", target_modules=["query"])
+    assert config == AdapterConfig("vera", r=8, backend="reference", target_modules=["query"])
+    with pytest.raises(TypeError, match="config: expected an AdapterConfig, got dict"):
+        get_adapter_model(bert(), {"method": "ssf"})
 
 
 def test_an_adapter_of_another_kind_is_not_loaded(tmp_path):

@@ -7,6 +7,7 @@ replaced whole; a model is changed once everything in them has been checked.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +47,9 @@ def save(model: ReftModel, directory: Path, state_dict: Mapping[str, Tensor] | N
     if state_dict is not None:
         keys = {name: _in_model(model, name) for name in tensors}
         tensors = from_state_dict(state_dict, keys, "an edit")
-    write_adapter(directory, tensors, CONFIG, model.reft_config.to_dict())
+    described = model.reft_config.to_dict()
+    del described["backend"]  # which is this machine's
+    write_adapter(directory, tensors, CONFIG, described)
 
 
 def load(model: ReftModel, directory: Path) -> None:
@@ -66,9 +69,10 @@ def load(model: ReftModel, directory: Path) -> None:
     copy_tensors(stored, own)
 
 
-def from_pretrained(base_model: nn.Module, directory: Path) -> ReftModel:
+def from_pretrained(base_model: nn.Module, directory: Path, backend: str) -> ReftModel:
     """See `ReftModel.from_pretrained`."""
     stored, config = read_adapter(directory, CONFIG, LoReFTConfig.from_dict, _WHAT)
+    config = dataclasses.replace(config, backend=backend)
 
     def fill(model: ReftModel) -> None:
         own = tensors_of(model)

@@ -161,17 +161,20 @@ class ReftModel(TunedModel):
         save(self, directory, state_dict)
 
     @classmethod
-    def from_pretrained(cls, base_model: nn.Module, directory: str | Path) -> ReftModel:
+    def from_pretrained(
+        cls, base_model: nn.Module, directory: str | Path, *, backend: str = "auto"
+    ) -> ReftModel:
         """`base_model`, edited as the model that `save_pretrained` wrote to `directory`, in the same bits.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError, TypeError: a file does not fit; the message names it, and the model is left as it was.
+            ValueError, TypeError: a file, or `backend`, does not fit; the message names it, and the model is
+                left as it was.
             UnsupportedLayer: as `get_reft_model`.
         """
         from .files import from_pretrained
 
-        return from_pretrained(base_model, Path(directory))
+        return from_pretrained(base_model, Path(directory), backend)
 
     def load_edits(self, directory: str | Path) -> None:
         """Sets the edits to those in `directory`, in the parameters that an optimizer may hold already.
