@@ -35,7 +35,7 @@ from .fused_layer import base_reason
 from .modules import LoRALinear, LowRankLinear, check_base, is_linear4bit
 from .peft_layers import fused_kind
 from .reference import accumulation_dtype
-from .swap import reader_reason
+from .swap import check_module, reader_reason
 
 METHODS = ("pissa", "olora")
 
@@ -93,8 +93,9 @@ def initialize(
         In each case nothing was changed.
     """
     check_choice("method", method, METHODS)
-    if niter is not None and (method != "pissa" or not isinstance(niter, int) or niter < 0):
+    if niter is not None and (method != "pissa" or type(niter) is not int or niter < 0):
         raise ValueError(f"niter: expected None, or for 'pissa' an integer from 0 on, got {niter!r}")
+    check_module(model)
     _check(model, adapter)
     layers = _layers(model, adapter)
     if not layers:

@@ -102,8 +102,9 @@ def _check_vera(o: Options, N: int, K: int) -> None:
     _positive(o, "r")
     _number(o, "d_initial")
     _boolean(o, "save_projection")
-    if type(o["projection_prng_key"]) is not int:
-        raise ValueError(f"projection_prng_key: expected an integer, got {o['projection_prng_key']!r}")
+    key = o["projection_prng_key"]
+    if type(key) is not int or not -(2**63) <= key < 2**64:  # what torch's generators take
+        raise ValueError(f"projection_prng_key: expected an integer from -2^63 to 2^64 - 1, got {key!r}")
     check_probability("dropout", o["dropout"])
 
 

@@ -47,6 +47,8 @@ class PackedLinear(nn.Linear):
             ValueError: a bias of another shape; TypeError: a dtype that is not floating.
         """
         nn.Module.__init__(self)
+        if not isinstance(packed, QuantizedWeight):
+            raise UnsupportedWeight(f"packed: expected a QuantizedWeight, got {type(packed).__name__}")
         packed.check()
         if packed.format == "dense":
             raise UnsupportedWeight("packed: expected a packed weight, got a dense one")

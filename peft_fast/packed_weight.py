@@ -70,6 +70,14 @@ class PackedWeight(Tensor):
     def data(self, value: Any) -> None:
         self._refuse("a write to .data")
 
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
     def requires_grad_(self, requires_grad: bool = True) -> PackedWeight:
         if requires_grad:
             self._refuse("requires_grad_()")

@@ -19,6 +19,7 @@ from torch import Tensor
 from .errors import UnsupportedWeight
 from .formats import BLOCK_SIZES, E8M0_CODE, MX_BLOCKSIZE, QuantizedWeight, code_table
 from .functional import check_choice
+from .ops import check_tensor
 
 PACKINGS = ("int8", "fp8", "mxfp4")
 E4M3_MAX = 448.0
@@ -35,8 +36,10 @@ def from_int8(CB: Tensor, SCB: Tensor) -> QuantizedWeight:
         SCB: the largest magnitude of each row, float32 [N].
 
     Raises:
-        UnsupportedWeight: another dtype, shape, device or layout.
+        UnsupportedWeight: another dtype, shape, device or layout. TypeError: no tensor.
     """
+    check_tensor("CB", CB)
+    check_tensor("SCB", SCB)
     if CB.dim() != 2:
         raise UnsupportedWeight(f"CB: expected int8 [N, K], got shape {tuple(CB.shape)}")
     n, k = CB.shape
@@ -52,8 +55,10 @@ def from_fp8(weight: Tensor, scale: Tensor) -> QuantizedWeight:
             checkpoints call it `weight_scale`, and some `weight_scale_inv`.
 
     Raises:
-        UnsupportedWeight: another dtype, shape, device or layout.
+        UnsupportedWeight: another dtype, shape, device or layout. TypeError: no tensor.
     """
+    check_tensor("weight", weight)
+    check_tensor("scale", scale)
     if weight.dim() != 2 or weight.dtype != torch.float8_e4m3fn:
         expected = "expected torch.float8_e4m3fn [N, K]"
         raise UnsupportedWeight(f"weight: {expected}, got {weight.dtype} {list(weight.shape)}")
@@ -76,8 +81,10 @@ def from_mxfp4(blocks: Tensor, scales: Tensor) -> QuantizedWeight:
         scales: uint8 [N, K/32], e8m0.
 
     Raises:
-        UnsupportedWeight: another dtype, shape, device or layout.
+        UnsupportedWeight: another dtype, shape, device or layout. TypeError: no tensor.
     """
+    check_tensor("blocks", blocks)
+    check_tensor("scales", scales)
     n, k = blocks.shape[0] if blocks.dim() else 0, 2 * math.prod(blocks.shape[1:])
     block_shapes = ((n, k // 2), (n, k // MX_BLOCKSIZE, MX_BLOCKSIZE // 2))
     if blocks.dtype != torch.uint8 or tuple(blocks.shape) not in block_shapes or k % MX_BLOCKSIZE:

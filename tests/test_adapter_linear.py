@@ -141,6 +141,7 @@ def test_vera_without_saved_projections_draws_them_again():
         ("vera", {"d_initial": "1"}, ValueError, "d_initial: expected a finite number, got '1'"),
         ("vera", {"save_projection": 1}, ValueError, "save_projection: expected True or False, got 1"),
         ("vera", {"projection_prng_key": None}, ValueError, "projection_prng_key: expected an integer"),
+        ("vera", {"projection_prng_key": 2**70}, ValueError, "projection_prng_key: expected an integer from"),
         ("vera", {"alpha": 3}, TypeError, "alpha: expected an option of 'vera'"),
         ("s2lora", {"threshold": -0.1}, ValueError, "threshold: expected a number ≥ 0, got -0.1"),
         ("s2lora", {"threshold": 0.5, "coefficient": 0.5}, ValueError, "coefficient: expected a magnitude"),

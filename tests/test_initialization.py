@@ -315,6 +315,7 @@ class Reader(nn.Module):
         ({"method": "loftq"}, r"method: expected one of \['pissa', 'olora'\], got 'loftq'"),
         ({"method": "olora", "niter": 2}, "niter: expected None, or for 'pissa'"),
         ({"niter": -1}, "niter: expected None, or for 'pissa' an integer from 0 on, got -1"),
+        ({"niter": True}, "niter: expected None, or for 'pissa' an integer from 0 on, got True"),
         ({"adapter": "other"}, "adapter: expected that of a LoRA layer in model, got 'other'"),
         ({"weights": {"up.weight": torch.zeros(128, 64)}}, "weights: expected 'down.weight' among them"),
         (

@@ -96,6 +96,7 @@ WRITES = {
     "item": lambda layer: layer.weight.data.__setitem__(0, 1.0),
     "flat": lambda layer: layer.weight.data.reshape(-1).scatter_add_(0, torch.tensor([1]), torch.ones(1)),
     "requires_grad_": lambda layer: layer.weight.requires_grad_(),
+    "requires_grad": lambda layer: setattr(layer.weight, "requires_grad", True),
     "parameter": lambda layer: setattr(layer, "weight", nn.Parameter(torch.ones(N, K))),
     "tensor": lambda layer: setattr(layer, "weight", torch.ones(N, K)),
     "none": lambda layer: setattr(layer, "weight", None),
