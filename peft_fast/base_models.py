@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -199,6 +200,26 @@ def heads(model: nn.Module) -> dict[str, nn.Module]:
 def _head_tensors(model: nn.Module) -> dict[str, Tensor]:
     found = heads(model).items()
     return {f"{name}.{key}": t for name, head in found for key, t in head.state_dict().items()}
+
+
+def position_tables(model: nn.Module, model_config: Any) -> dict[str, int]:
+    """The tables of positions in a model, by name, and how many tokens each has a row for."""
+    text = model_config.get_text_config()
+    if getattr(text, "position_embedding_type", "absolute") != "absolute":
+        return {}  # there may be a table that is not read, as in ESM-2
+    most = getattr(text, "max_position_embeddings", None) or math.inf
+    return {
+        name: int(min(most, module.num_embeddings - _first_position(module)))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe"))
+    }
+
+
+def _first_position(table: nn.Embedding) -> int:
+    """The row of the first token: OPT's tables and their like have an offset, RoBERTa's row of padding."""
+    if isinstance(offset := getattr(table, "offset", None), int):
+        return offset
+    return 0 if table.padding_idx is None else table.padding_idx + 1
 
 
 def save_head(model: nn.Module, directory: Path) -> None:

@@ -14,7 +14,6 @@ process, the device's context, fragmentation, the data, and the loading of weigh
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -207,23 +206,10 @@ def _check_length(model: nn.Module, model_config: Any, seq: int) -> None:
 
     Only a step tells which it comes to: a tower for images, which texts leave out, has a table of its own.
     """
-    text = model_config.get_text_config()
-    if getattr(text, "position_embedding_type", "absolute") != "absolute":
-        return  # there may be a table that is not read, as in ESM-2
-    most = getattr(text, "max_position_embeddings", None) or math.inf
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe")):
-            positions = int(min(most, module.num_embeddings - _first_position(module)))
-            if seq > positions:
-                reader = model.get_submodule(name.rpartition(".")[0])
-                reader.register_forward_pre_hook(partial(_refuse, name, positions, seq))
-
-
-def _first_position(table: nn.Embedding) -> int:
-    """The row of the first token: OPT's tables and their like have an offset, RoBERTa's row of padding."""
-    if isinstance(offset := getattr(table, "offset", None), int):
-        return offset
-    return 0 if table.padding_idx is None else table.padding_idx + 1
+    for name, positions in base_models.position_tables(model, model_config).items():
+        if seq > positions:
+            reader = model.get_submodule(name.rpartition(".")[0])
+            reader.register_forward_pre_hook(partial(_refuse, name, positions, seq))
 
 
 def _refuse(name: str, positions: int, seq: int, *_: Any) -> None:

@@ -73,6 +73,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     base = base_models.load_base(config, folder, task.label_names, arguments.device, dense)
     if task.label_names is not None:
         base.config.pad_token_id = tokenizer.pad_token_id
+    _check_length(config, base, task)
     if isinstance(adapter, AdapterConfig | LoReFTConfig):  # they go around layers that are fused already
         layers = _make_fast(config, base, console)
         model = base_models.add_adapter(adapter, base)
@@ -172,6 +173,20 @@ def _empty_folder(config: TrainConfig) -> None:
         (folder / old).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     options.save(config, folder / "config.yaml")
+
+
+def _check_length(config: TrainConfig, base: Any, task: tasks.Task) -> None:
+    """Raises ValueError where an example is longer than a table of positions in a model of texts alone."""
+    if base.config.get_text_config() is not base.config:
+        return  # a tower for something else may have a table of its own
+    longest, more = max(map(length, (*task.train, *task.eval))), config.virtual_tokens or 0
+    option = "block_size" if task.label_names is None else "max_length"
+    for name, positions in base_models.position_tables(base, base.config).items():
+        if longest + more > positions:
+            raise ValueError(
+                f"{option}: expected at most {positions - more} tokens in an example, since {name} has "
+                f"{positions} positions{f' and {more} tokens are added' if more else ''}, got {longest}"
+            )
 
 
 def _training_arguments(

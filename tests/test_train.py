@@ -18,6 +18,7 @@ from train_jobs import WORDS, adapter, labelled_rows, run, save_bert, save_llama
 import peft_fast
 from peft_fast import base_models, config, tasks
 from peft_fast.config import TrainConfig
+from peft_fast.errors import BackendUnavailable
 from peft_fast.trainer import LengthGroupedSampler
 
 
@@ -228,12 +229,23 @@ def test_a_short_text_for_evaluation_is_named(llama, tmp_path):
         run(TrainConfig(**options, data=long, eval_data=short))
 
 
+@pytest.mark.parametrize(("method", "more"), [("lora", 0), ("prompt", 50)])
+def test_texts_longer_than_the_positions_are_refused(bert, tmp_path, method, more):
+    """The model has 64."""
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + f"{' '.join(['w1'] * 70)},0\nw2 w3,1\n" * 8)
+    options = {"virtual_tokens": more, "dropout": None} if more else {}
+    with pytest.raises(ValueError, match=f"max_length: expected at most {64 - more} tokens .* got 66"):
+        run(tiny(bert, path, tmp_path / "run", eval_data=path, method=method, max_length=66, **options))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_refused_job_leaves_the_run_before_it(bert, csv_file, tmp_path):
     job = tiny(bert, csv_file, tmp_path / "a", steps=1)
     run(job)
     before = {file: file.read_bytes() for file in (tmp_path / "a").rglob("*") if file.is_file()}
     for refused in ({"target_modules": "nope"}, {"backend": "cuda-gemv"}):
-        with pytest.raises(ValueError, match=r"No modules were targeted|cuda-gemv"):
+        with pytest.raises((ValueError, BackendUnavailable), match=r"No modules were targeted|cuda-gemv"):
             run(tiny(bert, csv_file, tmp_path / "a", steps=1, **refused))
     after = {file: file.read_bytes() for file in (tmp_path / "a").rglob("*") if file.is_file()}
     assert after == before
