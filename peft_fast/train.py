@@ -18,7 +18,6 @@ import json
 import math
 import shutil
 import statistics
-import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -98,12 +97,11 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     trainer.remove_callback(PrinterCallback)
     if arguments.should_save and checkpoint is None:
         _empty_folder(config)
-    started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         progress.stop()
-    seconds = time.perf_counter() - started
+    seconds = progress.elapsed()
 
     metrics = _metrics(config, model, trainer, progress)
     metrics |= {

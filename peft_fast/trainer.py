@@ -137,14 +137,17 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 class ProgressReport(TrainerCallback, ExportableState):
     """The progress bar, the time of every step, and the mark of a complete checkpoint.
 
-    The times are part of the checkpoints, so those of a resumed run cover all of its steps.
+    The times are part of the checkpoints, so those of a resumed run cover all of it.
     """
 
     def __init__(self, steps: int, console: Console, checkpoint: Path | None) -> None:
         self.step_seconds: list[float] = []
+        self._before, self._began = 0.0, time.perf_counter()
         if checkpoint is not None:
             saved = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-            self.step_seconds += saved["stateful_callbacks"][type(self).__name__]["attributes"]["seconds"]
+            times = saved["stateful_callbacks"][type(self).__name__]["attributes"]
+            self.step_seconds += times["seconds"]
+            self._before = times["elapsed"]
         self._bar = Progress(
             TextColumn("[bold]training"),
             BarColumn(),
@@ -157,7 +160,11 @@ class ProgressReport(TrainerCallback, ExportableState):
         self._task = self._bar.add_task("training", total=steps, loss="-", ms="-")
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"seconds": self.step_seconds}}
+        return {"args": {}, "attributes": {"seconds": self.step_seconds, "elapsed": self.elapsed()}}
+
+    def elapsed(self) -> float:
+        """Seconds of training, evaluations included, in this process and in those it goes on from."""
+        return self._before + time.perf_counter() - self._began
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._bar.start()

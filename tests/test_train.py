@@ -302,6 +302,7 @@ def test_killed_job_resumes_to_the_same_result(bert, csv_file, tmp_path, method)
     assert resumed["loss"] == whole["loss"]
     assert resumed["evaluations"] == whole["evaluations"]
     assert len(resumed["step_seconds"]) == resumed["steps"] == 8
+    assert resumed["seconds"] > sum(resumed["step_seconds"])  # of both parts
     files = [p.name for p in (tmp_path / "whole" / "adapter").glob("*.safetensors")]
     assert len(files) == (2 if method == "loreft" else 1)  # PEFT has the head in the adapter's file
     for name in files:
