@@ -147,10 +147,10 @@ def adapter_config(config: TrainConfig, task_type: str) -> Adapter:
 
 
 def last_modules(config: TrainConfig, *, head: bool) -> list[str]:
-    """The names of the last `config.layers` blocks of the model of a job, and of its `head` of classes.
+    """The names of the last `config.last_layers` blocks of the model of a job, and of its `head` of classes.
 
     Raises:
-        ValueError: `layers` is no such number; UnsupportedLayer: the model has no list of blocks.
+        ValueError: the model has fewer; UnsupportedLayer: the model has no list of blocks.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -162,10 +162,12 @@ def last_modules(config: TrainConfig, *, head: bool) -> list[str]:
         model = made.from_config(described)
     path = find_blocks(model, None)
     count = len(list(model.get_submodule(path).children()))
-    layers = config.layers or ""
-    if not layers.isdecimal() or not 1 <= int(layers) <= count:
-        raise ValueError(f"layers: expected a number of blocks from 1 to {count}, got {layers!r}")
-    blocks = [f"{path}.{i}" for i in range(count - int(layers), count)]
+    assert config.last_layers is not None, "TrainConfig sets the default of its method"
+    if config.last_layers > count:
+        raise ValueError(
+            f"last_layers: expected at most {count}, the model's blocks, got {config.last_layers}"
+        )
+    blocks = [f"{path}.{i}" for i in range(count - config.last_layers, count)]
     return [*blocks, *(heads(model) if head else ())]
 
 

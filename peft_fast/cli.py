@@ -24,7 +24,7 @@ USER_ERRORS = (BackendUnavailable, UnsupportedLayer, UnsupportedWeight, ValueErr
 
 SIZING = (
     "method", "quant", "dtype", "r", "dropout", "target_modules",
-    "positions", "layers", "component", "share_weights", "checkpointing", "stock",
+    "positions", "layers", "last_layers", "component", "share_weights", "checkpointing", "stock",
 )  # fmt: skip
 """The options of a job that its memory depends on."""
 

@@ -90,10 +90,9 @@ class TrainConfig:
     virtual_tokens: int | None = option(None, "Tokens that are put in front.", minimum=1)
     positions: str | None = option(None, "Tokens to edit: f7+l7 the first and the last 7, f7, l7, or all.")
     layers: str | None = option(
-        None,
-        "Blocks: loreft edits all, or those with these indices, separated by commas; freeze trains as many "
-        "as this number at the end.",
+        None, "Blocks to edit: all, or those with these indices, separated by commas."
     )
+    last_layers: int | None = option(None, "Blocks at the end to train, the others frozen.", minimum=1)
     component: str | None = option(
         None, "What to edit: block_output, or a linear layer of each block by the end of its name."
     )

@@ -157,7 +157,7 @@ TRAINING_METHODS: dict[str, TrainingMethod] = {
     ),
     "prompt": TrainingMethod({"lr": 1e-2, **_PROMPT}, _prompt_learning("PromptTuningConfig"), stock=True),
     "p-tuning": TrainingMethod({"lr": 1e-3, **_PROMPT}, _prompt_learning("PromptEncoderConfig"), stock=True),
-    "freeze": TrainingMethod({"lr": 1e-3, "layers": "1"}, _freeze, stock=True),
+    "freeze": TrainingMethod({"lr": 1e-3, "last_layers": 1}, _freeze, stock=True),
 }
 
 

@@ -158,8 +158,8 @@ def test_freeze_trains_the_last_blocks_dense_and_keeps_the_others_in_4_bits(job,
     (tensors,) = files(tmp_path / "run").values()
     assert {name.rpartition(".layer.")[2].split(".")[0] for name in tensors} == {"1", "classifier"}
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
-    with pytest.raises(ValueError, match="layers: expected a number of blocks from 1 to 2, got '3'"):
-        run(job("freeze", "more", layers="3"))
+    with pytest.raises(ValueError, match="last_layers: expected at most 2, the model's blocks, got 3"):
+        run(job("freeze", "more", last_layers=3))
 
 
 def test_a_write_of_metrics_that_fails_leaves_no_half(job, tmp_path, monkeypatch):
