@@ -24,12 +24,12 @@ def imported() -> Iterator[types.ModuleType]:
     Its trainers, which want packages of their own, are left out. What importing it prints, warns and draws is
     undone at once, what it registers on leaving.
     """
+    others = _taken_out()
     found = importlib.util.find_spec("pyreft")
     if found is None or importlib.util.find_spec("pyvene") is None:
         reason = f"pyreft or pyvene is missing, so nothing was compared with them: {INSTALL}"
         warnings.warn(pytest.PytestWarning(reason), stacklevel=1)
         pytest.skip(reason)
-    before = set(sys.modules)
     package = types.ModuleType("pyreft")
     package.__path__ = list(found.submodule_search_locations)
     sys.modules["pyreft"] = package
@@ -44,6 +44,11 @@ def imported() -> Iterator[types.ModuleType]:
                 importlib.import_module(f"pyreft.{name}")
         yield package
     finally:
-        for name in set(sys.modules) - before:
-            if name.partition(".")[0] in ("pyreft", "pyvene"):
-                del sys.modules[name]
+        _taken_out()
+        sys.modules.update(others)
+
+
+def _taken_out() -> dict[str, types.ModuleType]:
+    """The modules of both packages, such as a benchmark's, which are no longer found as imported."""
+    names = [name for name in sys.modules if name.partition(".")[0] in ("pyreft", "pyvene")]
+    return {name: sys.modules.pop(name) for name in names}

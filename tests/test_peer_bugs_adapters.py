@@ -1,5 +1,7 @@
 """Defects that others had in adapter semantics, one test each."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -168,15 +170,17 @@ def test_deleting_a_merged_adapter(kind):
     """peft #3504: it stayed active. PEFT refuses now; after unmerging, the other adapter is applied alone."""
     stock = stock_net(kind)
     stock.add_adapter("other", lora_config(r=3))
-    fast = accelerated(stock)
+    fast, never_merged = accelerated(stock), copy.deepcopy(stock)
     for model in (stock, fast):
         model.merge_adapter(["default"])
         with pytest.raises(ValueError, match="while they are merged"):
             model.delete_adapter("default")
         model.unmerge_adapter()
+    for model in (stock, fast, never_merged):
         model.delete_adapter("default")
         model.set_adapter("other")
-    assert_same_model(stock, fast, inputs(), calls=2)
+    # PEFT's own unmerging leaves other packed weights behind.
+    assert_same_model(stock if kind == "dense" else never_merged, fast, inputs(), calls=2)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -29,7 +29,7 @@ def test_example_runs(title, code, tmp_path, monkeypatch):
     exec(compile(code, title, "exec"), {})
 
 
-@pytest.mark.parametrize("code", METHODS, ids=["layers", "a model"])
+@pytest.mark.parametrize("code", METHODS, ids=["layers", "a model", "a trainer"])
 def test_example_of_the_methods_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "docs/methods.md", "exec"), {})

@@ -112,7 +112,7 @@ def test_a_causal_lm_learns_a_text_and_saves_no_head(tmp_path):
         ({"layers": "2"}, "layers: expected indices below 2, got 2"),
         ({"component": "dense"}, "component: expected the end of one path of"),
         ({"r": 65}, "r: expected at most the hidden size 64, got 65"),
-        ({"backend": "abacus"}, "backend: expected one of ['auto', 'cpu', "),
+        ({"backend": "abacus"}, "backend: expected 'auto' or one of ['cpu', "),
     ],
 )
 def test_bad_options_are_named(bert, csv_file, tmp_path, options, message):
