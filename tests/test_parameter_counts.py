@@ -97,6 +97,33 @@ def test_lora_on_wavlm_in_the_surveys_text():
     assert round(100 * trained(model) / parameters, 3) == 0.781
 
 
+class PerformerBlock(nn.Module):
+    """A block of scBERT's encoder: width 200, ten heads of 64, feed-forward of four times the width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(200) for _ in range(2))
+        self.to_q, self.to_k, self.to_v = (nn.Linear(200, 640, bias=False) for _ in range(3))
+        self.to_out = nn.Linear(640, 200)
+        self.up, self.down = nn.Linear(200, 800), nn.Linear(800, 200)
+
+
+@pytest.mark.parametrize(
+    ("names", "wrap", "expected"),
+    [
+        (("5",), lambda block: block.requires_grad_(True), 16.67),
+        (("to_q", "to_v"), lambda base: LoRALinear.from_linear(base, r=4), 0.806),
+        (("down",), lambda base: AdapterLinear.from_linear(base, "series", r=24), 1.178),
+    ],
+    ids=["the last of six blocks", "LoRA r=4", "a bottleneck of 24"],
+)
+def test_scbert_in_the_surveys_text(names, wrap, expected):
+    """Of the six blocks' parameters, no embeddings. Rank, width and place are those that give the figures."""
+    model, parameters = frozen(lambda: nn.Sequential(*(PerformerBlock() for _ in range(6))))
+    replace(model, names, wrap)
+    assert round(100 * trained(model) / parameters, len(str(expected).partition(".")[2])) == expected
+
+
 N, K = 48, 64
 
 
