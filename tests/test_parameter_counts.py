@@ -117,7 +117,7 @@ class PerformerBlock(nn.Module):
     ],
     ids=["the last of six blocks", "LoRA r=4", "a bottleneck of 24"],
 )
-def test_scbert_in_the_surveys_text(names, wrap, expected):
+def test_scbert_in_the_survey(names, wrap, expected):
     """Of the six blocks' parameters, no embeddings. Rank, width and place are those that give the figures."""
     model, parameters = frozen(lambda: nn.Sequential(*(PerformerBlock() for _ in range(6))))
     replace(model, names, wrap)
