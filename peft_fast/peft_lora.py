@@ -9,6 +9,7 @@ quantizes anew each time: unmerging gives back the bytes that were there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -128,15 +129,19 @@ class Unmerged(NamedTuple):
 _SCALES = ("CB", "SCB")
 
 
-class _Packed:
+class _Packed(FusedLora):
     """What the layers on packed weights share. A merged one holds both weights, until it is unmerged."""
 
     unmerged: Unmerged | None = None
 
+    # PEFT's.
+    get_base_layer: Callable[[], Any]
+    merged: bool
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        base = self.get_base_layer()  # type: ignore[attr-defined]
+        base = self.get_base_layer()
         kept = self._kept(base)
-        if kept is None and not self.merged:  # type: ignore[attr-defined]
+        if kept is None and not self.merged:
             scales = tuple(getattr(base.state, name) for name in _SCALES) if hasattr(base, "state") else ()
             kept = Unmerged(base.weight, dict(vars(base.weight)), scales, None)
         if kept is None:
@@ -147,13 +152,13 @@ class _Packed:
             super().merge(safe_merge, adapter_names)  # type: ignore[misc]
         finally:  # of several adapters the first may be merged already
             self.unmerged = kept._replace(merged=base.weight)
-            if not self.merged:  # type: ignore[attr-defined]
+            if not self.merged:
                 del self.unmerged
 
     def unmerge(self) -> None:
-        base = self.get_base_layer()  # type: ignore[attr-defined]
+        base = self.get_base_layer()
         kept = self._kept(base)
-        super().unmerge()  # type: ignore[misc]
+        super().unmerge()
         self.__dict__.pop("unmerged", None)
         if kept is None:
             return
@@ -171,9 +176,9 @@ class _Packed:
         return kept if kept is not None and (kept.merged is None or kept.merged is base.weight) else None
 
 
-class FusedLinear4bit(FusedLora, _Packed, peft_bnb.Linear4bit):
+class FusedLinear4bit(_Packed, peft_bnb.Linear4bit):
     """PEFT's LoRA layer on a bitsandbytes `Linear4bit`, with the fused forward."""
 
 
-class FusedLinear8bitLt(FusedLora, _Packed, peft_bnb.Linear8bitLt):
+class FusedLinear8bitLt(_Packed, peft_bnb.Linear8bitLt):
     """PEFT's LoRA layer on a bitsandbytes `Linear8bitLt`, with the fused forward."""

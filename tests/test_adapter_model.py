@@ -7,12 +7,22 @@ import pickle
 
 import pytest
 import torch
+from adapter_models import (
+    OPTIONS,
+    SIZES,
+    TOKENS,
+    adapted,
+    assert_unchanged,
+    bert,
+    logits,
+    state_of,
+    train,
+)
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-import peft_fast
 from peft_fast import (
     AdapterConfig,
     AdapterLinear,
@@ -24,56 +34,6 @@ from peft_fast import (
 from peft_fast.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-OPTIONS = {"vera": {"r": 4}, "s2lora": {"r": 4}, "parallel": {"r": 4}, "series": {"r": 4}}
-TOKENS = torch.arange(14).view(2, 7)
-LABELS = torch.tensor([0, 1])
-
-
-def bert(quant=None):
-    torch.manual_seed(0)
-    model = BertForSequenceClassification(BertConfig(vocab_size=20, max_position_embeddings=8, **SIZES))
-    if quant is not None:
-        peft_fast.quantize(model, quant)
-        peft_fast.accelerate(model)  # and so kept from repacking
-    return model.eval()
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(input_ids=TOKENS).logits
-
-
-def train(model, steps=3):
-    model.train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-    for _ in range(steps):
-        model(input_ids=TOKENS, labels=LABELS).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
-
-
-def adapted(method="ssf", quant=None, **options):
-    return get_adapter_model(bert(quant), AdapterConfig(method, **{**OPTIONS.get(method, {}), **options}))
-
-
-def state_of(model):
-    """All that a refused call must leave alone."""
-    modules = {name: (id(module), type(module)) for name, module in model.named_modules()}
-    tensors = {name: tensor.clone() for name, tensor in model.state_dict(keep_vars=True).items()}
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    repacks = [getattr(module, "support_avx512bf16_for_cpu", None) for module in model.modules()]
-    return modules, trained, repacks, tensors
-
-
-def assert_unchanged(model, before):
-    *rest, tensors = state_of(model)
-    assert tuple(rest) == before[:3]
-    assert tensors.keys() == before[3].keys()
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in before[3].items())
 
 
 @pytest.mark.parametrize("quant", [None, "nf4"])
@@ -318,72 +278,11 @@ def test_a_weight_that_is_read_directly_is_passed_over():
     assert isinstance(model.out, AdapterLinear)
 
 
-def spoil(folder, change):
-    tensors = load_file(folder / "adapter_model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "adapter_model.safetensors")
-
-
-def described(folder, **options):
-    """Without the sums, which would say that the options have changed."""
-    spoil(folder, lambda tensors: None)
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **options}))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda d: (d / "adapter_config.json").unlink(), "adapter_config.json"),
-        (lambda d: (d / "adapter_config.json").write_text("{"), "expected JSON"),
-        (lambda d: (d / "adapter_config.json").write_text("[" * 100_000), "expected JSON"),
-        (lambda d: (d / "adapter_model.safetensors").write_bytes(b"no"), "expected a safetensors file"),
-        (lambda d: described(d, method="galore"), "method: expected one of"),
-        (lambda d: described(d, color="red"), "color: expected an option of 'ssf'"),
-        (lambda d: described(d, target_modules=["query"]), "expected no such tensor"),
-        (
-            lambda d: spoil(d, lambda t: t.pop("classifier.bias")),
-            "classifier.bias: expected a tensor, got none",
-        ),
-        (lambda d: spoil(d, lambda t: t["classifier.bias"].fill_(float("nan"))), "expected finite numbers"),
-        (lambda d: spoil(d, lambda t: t.update({"classifier.bias": torch.ones(3)})), "expected [2], got [3]"),
-    ],
-)
-def test_files_that_do_not_fit_change_nothing(tmp_path, change, message):
-    adapted().save_pretrained(tmp_path)
-    change(tmp_path)
-    model = bert("nf4")
-    before = state_of(model)
-    with pytest.raises((ValueError, TypeError, OSError)) as error:
-        AdapterModel.from_pretrained(model, tmp_path)
-    assert message in str(error.value)
-    assert_unchanged(model, before)
-
-
-def test_an_adapter_runs_where_its_backend_is_missing(tmp_path):
-    adapted(backend="triton").save_pretrained(tmp_path)
-    assert "backend" not in json.loads((tmp_path / "adapter_config.json").read_text())
-    assert AdapterModel.from_pretrained(bert(), tmp_path).adapter_config.backend == "auto"
-    model = AdapterModel.from_pretrained(bert(), tmp_path, backend="reference")
-    assert {layer.backend for layer in model.adapters.values()} == {"reference"}
-    with pytest.raises(ValueError, match="backend: expected one of"):
-        AdapterModel.from_pretrained(bert(), tmp_path, backend="abacus")
-
-
 def test_a_config_is_replaced_and_checked():
     config = dataclasses.replace(AdapterConfig("vera", r=8), backend="reference", target_modules=["query"])
     assert config == AdapterConfig("vera", r=8, backend="reference", target_modules=["query"])
     with pytest.raises(TypeError, match="config: expected an AdapterConfig, got dict"):
         get_adapter_model(bert(), {"method": "ssf"})
-
-
-def test_an_adapter_of_another_kind_is_not_loaded(tmp_path):
-    adapted("parallel", act="gelu").save_pretrained(tmp_path)
-    model = adapted("parallel", act="tanh")
-    before = state_of(model)
-    with pytest.raises(ValueError, match="act: expected 'tanh', got 'gelu'"):
-        model.load_adapter(tmp_path)
-    assert_unchanged(model, before)
 
 
 def test_unsupported_layers_of_a_listed_name_are_named():
@@ -403,13 +302,6 @@ def test_a_packed_module_is_not_trained_whole():
         get_adapter_model(model, AdapterConfig(None, modules_to_save=["1"]))
     adapted = get_adapter_model(model, AdapterConfig("bitfit", modules_to_save=[]))
     assert adapted.get_nb_trainable_parameters() == (128, 128 + 64 + 2 * 64 * 64)
-
-
-def test_only_safetensors_are_written(tmp_path):
-    model = get_adapter_model(nn.Sequential(nn.Linear(8, 8)), AdapterConfig("ia3"))
-    model.save_pretrained(tmp_path, safe_serialization=True)
-    with pytest.raises(ValueError, match="safe_serialization: expected True, got False"):
-        model.save_pretrained(tmp_path, safe_serialization=False)
 
 
 @pytest.mark.parametrize("method", ["vera", "s2lora", "kadaptation"])
