@@ -146,6 +146,11 @@ def adapter_config(config: TrainConfig, task_type: str) -> Adapter:
     return TRAINING_METHODS[config.method].adapter(config, task_type)
 
 
+def trained_whole(adapter: Adapter) -> Sequence[str]:
+    """Names of the modules that `adapter` trains whole, which are not quantized."""
+    return adapter.modules_to_save or () if isinstance(adapter, AdapterConfig) else ()
+
+
 def last_modules(config: TrainConfig, *, head: bool) -> list[str]:
     """The names of the last `config.last_layers` blocks of the model of a job, and of its `head` of classes.
 
@@ -156,7 +161,7 @@ def last_modules(config: TrainConfig, *, head: bool) -> list[str]:
 
     from .reft.blocks import find_blocks
 
-    described = AutoConfig.from_pretrained(model_folder(config), local_files_only=True)
+    described = AutoConfig.from_pretrained(config.model or minilm_folder(), local_files_only=True)
     with torch.device("meta"):
         made = AutoModelForSequenceClassification if head else AutoModelForCausalLM
         model = made.from_config(described)

@@ -23,8 +23,8 @@ from .training_methods import default_text, methods_with
 USER_ERRORS = (BackendUnavailable, UnsupportedLayer, UnsupportedWeight, ValueError, TypeError, OSError)
 
 SIZING = (
-    "method", "quant", "dtype", "r", "dropout", "target_modules",
-    "positions", "layers", "last_layers", "component", "share_weights", "checkpointing", "stock",
+    "method", "quant", "dtype", "r", "act", "dropout", "target_modules", "virtual_tokens", "last_layers",
+    "positions", "layers", "component", "share_weights", "checkpointing", "stock",
 )  # fmt: skip
 """The options of a job that its memory depends on."""
 

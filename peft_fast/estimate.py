@@ -28,14 +28,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.utils import logging as transformers_logging
 
 from . import base_models, fake_models, scratch
-from .config import TrainConfig
+from .config import METHODS, MOST, TrainConfig
 from .errors import BackendUnavailable, UnsupportedLayer
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 TASKS = ("causal-lm", "classification")
-METHODS = ("lora", "dora", "loreft")
 DEVICES = ("cpu", "cuda")
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": partial(torch.optim.AdamW, fused=True),
@@ -117,16 +116,17 @@ def estimate(
         padding: whether sequences are padded, so that attention gets a mask; if None, in a classification.
         optimizer: of `OPTIMIZERS`.
         device: of `DEVICES`; if None, cuda where there is one.
-        options: of `TrainConfig`: quant, dtype, r, target_modules, checkpointing and the like, and a
-            method of `METHODS`.
+        options: of `TrainConfig`: method, quant, dtype, r, target_modules, checkpointing and the like.
 
     Raises:
         ValueError, TypeError: an option is out of range or does not fit the model; the message names it.
         UnsupportedLayer: the model cannot be adapted, or does not run without data.
     """
     for name, value in (("batch", batch), ("seq", seq), ("labels", labels)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value!r}")
+        if not isinstance(value, int) or not 1 <= value <= MOST:
+            raise ValueError(f"{name}: expected a number from 1 to {MOST}, got {value!r}")
+    if batch * seq > MOST:
+        raise ValueError(f"seq: expected at most {MOST} tokens in a step, got {batch} x {seq}")
     _check_choice("method", options.get("method", "lora"), METHODS)
     _check_choice("optimizer", optimizer, OPTIMIZERS)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -146,7 +146,7 @@ def estimate(
     padding = task == "classification" if padding is None else padding
 
     net = fake_models.build(job, model_config, labels)
-    _check_length(net, model_config, seq)
+    _check_length(net, model_config, seq, job.virtual_tokens or 0)
     if job.checkpointing:
         if not net.supports_gradient_checkpointing:
             raise UnsupportedLayer(f"checkpointing: {type(net).__name__} has none")
@@ -201,19 +201,21 @@ def _usual_task(model_config: Any) -> str:
     return "classification" if type(model_config) in MODEL_FOR_MASKED_LM_MAPPING else "causal-lm"
 
 
-def _check_length(model: nn.Module, model_config: Any, seq: int) -> None:
+def _check_length(model: nn.Module, model_config: Any, seq: int, more: int) -> None:
     """Lets a step raise ValueError when it comes to a table of positions that is too short for its sequences.
 
-    Only a step tells which it comes to: a tower for images, which texts leave out, has a table of its own.
+    `more` tokens are learned, and put in front. Only a step tells which table it comes to: a tower for
+    images, which texts leave out, has one of its own.
     """
     for name, positions in base_models.position_tables(model, model_config).items():
-        if seq > positions:
+        if seq + more > positions:
             reader = model.get_submodule(name.rpartition(".")[0])
-            reader.register_forward_pre_hook(partial(_refuse, name, positions, seq))
+            reader.register_forward_pre_hook(partial(_refuse, name, positions, seq, more))
 
 
-def _refuse(name: str, positions: int, seq: int, *_: Any) -> None:
-    raise ValueError(f"seq: expected at most {positions}, the positions in {name}, got {seq}")
+def _refuse(name: str, positions: int, seq: int, more: int, *_: Any) -> None:
+    learned = f" without the {more} that are learned" if more else ""
+    raise ValueError(f"seq: expected at most {positions - more}, the positions in {name}{learned}, got {seq}")
 
 
 # ------------------------------------------------------------------------------------------------- the step
@@ -273,10 +275,9 @@ def _make_fast(model: Any, job: TrainConfig) -> None:
     """Swaps in the fused layers that `train` would."""
     from .swap import accelerate
 
-    if job.method != "loreft":
-        accelerate(model, methods=(job.method,))
-    elif job.quant != "none":
-        accelerate(model, methods=("base",))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="accelerate: ")  # there may be no layer to swap
+        accelerate(model)
 
 
 def _inputs(job: TrainConfig, shape: tuple[int, int], padding: bool) -> dict[str, Any]:

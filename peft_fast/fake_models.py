@@ -48,9 +48,10 @@ def build(job: TrainConfig, model_config: Any, labels: int) -> Any:
     with torch.device("meta"), no_init_weights():
         model = auto.from_config(model_config, dtype=base_models.DTYPES[job.dtype])
         model.tie_weights()
-    if job.quant != "none":
-        _quantize(model, job, base_models.quantization(job, head=not causal))
     adapter = base_models.adapter_config(job, "CAUSAL_LM" if causal else "SEQ_CLS")
+    if job.quant != "none":
+        dense = base_models.trained_whole(adapter)
+        _quantize(model, job, base_models.quantization(job, head=not causal, dense=dense))
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's, of weights without data
         return base_models.add_adapter(adapter, model).train()
@@ -94,7 +95,7 @@ def statistics(state: QuantState) -> list[Tensor]:
     return [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
 
 
-def fill(model: nn.Module) -> None:
+def fill(model: Any) -> None:
     """Puts CPU tensors of the current mode in place of those on the meta device; shared ones stay shared."""
     made: dict[int, Tensor | None] = {id(None): None}
     replaced = []  # kept alive: an address that is used again would be mistaken
@@ -118,7 +119,9 @@ def fill(model: nn.Module) -> None:
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                tensors[name] = filled(tensor)  # type: ignore[assignment]
+                tensors[name] = filled(tensor)
+    for adapter, tokens in getattr(model, "prompt_tokens", {}).items():  # PEFT's, of what learns a prompt
+        model.prompt_tokens[adapter] = filled(tokens)
 
 
 def keep_norms(model: nn.Module, device: str) -> None:

@@ -68,7 +68,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
 
     set_seed(config.seed)
     initial: dict[str, Factors] = {}
-    dense = (adapter.modules_to_save or ()) if isinstance(adapter, AdapterConfig) else ()
+    dense = base_models.trained_whole(adapter)
     base = base_models.load_base(config, folder, task.label_names, arguments.device, dense)
     if task.label_names is not None:
         base.config.pad_token_id = tokenizer.pad_token_id
