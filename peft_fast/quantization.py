@@ -70,9 +70,7 @@ def quantize(
     check_choice("quant", quant, (*BITSANDBYTES, *PACKINGS))
     if quant in PACKINGS:
         chosen = quantizable(model, names_of(skip_modules))
-        layers = {name: PackedLinear.from_linear(model.get_submodule(name), quant) for name in chosen}  # type: ignore[arg-type]
-        for name, layer in layers.items():
-            model.set_submodule(name, layer)
+        replace_by_packed(model, chosen, quant)
         return chosen
     storage = Storage(quant, double_quant, blocksize, compute_dtype).check().check_against(model)
     chosen = quantizable(model, names_of(skip_modules))
@@ -199,8 +197,9 @@ def check_container(model: nn.Module) -> None:
 
 
 def is_within(name: str, ends: Iterable[str]) -> bool:
-    """Whether a part of the dotted `name` ends in one of `ends`: the layer, or a module around it."""
-    return any(part.endswith(tuple(ends)) for part in name.split("."))
+    """Whether the dotted `name` ends in one of `ends`, or that of a module around it does."""
+    ends, parts = tuple(ends), name.split(".")
+    return any(".".join(parts[:depth]).endswith(ends) for depth in range(1, len(parts) + 1))
 
 
 def quantizable(
@@ -267,6 +266,14 @@ def replace(model: nn.Module, names: list[str], storage: Storage) -> None:
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # by which PEFT knows
     if _is_transformers(model):
         _mark_quantized(model, storage)
+
+
+def replace_by_packed(model: nn.Module, names: list[str], format: str) -> None:
+    """The same by `PackedLinear`; none is replaced unless all can be."""
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+    packed = {name: PackedLinear.from_linear(layer, format) for name, layer in layers.items()}
+    for name, layer in packed.items():
+        model.set_submodule(name, layer)
 
 
 def _linear4bit(layer: Any, storage: Storage) -> nn.Module:

@@ -8,6 +8,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.vera.layer import VeraLayer
 from peft_models import fused_calls, lora_layers, tiny_bert, unpacked
 from torch import nn
 from transformers import (
@@ -23,7 +24,11 @@ from transformers import (
 )
 
 from peft_fast import ReftModel, UnsupportedLayer, convert, dequantize, explain, quantize
+from peft_fast.adapter_model import AdapterModel
+from peft_fast.conversion import METHODS, PROMPTS_OF_PEFT
 from peft_fast.formats import from_linear
+from peft_fast.packed_linear import PackedLinear
+from peft_fast.training_methods import TRAINING_METHODS
 
 TOKENS = torch.arange(18).view(2, 9)
 
@@ -101,6 +106,44 @@ def test_a_transformers_model(method):
     model(input_ids=TOKENS, labels=TOKENS).loss.backward()
 
 
+EVERY_METHOD = {
+    **{method: {} for method in METHODS},
+    **{method: {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3} for method in PROMPTS_OF_PEFT},
+    "freeze": {"modules_to_save": ["layers.1"]},
+    "loreft": {"positions": "f1+l1", "r": 4},
+    "vera": {"r": 32},
+}
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD)
+@pytest.mark.parametrize("quant", ["nf4", "fp8"])
+def test_every_method_over_a_quantized_base(method, quant, tmp_path):
+    base = llama()
+    model = convert(copy.deepcopy(base), method=method, quant=quant, **EVERY_METHOD[method])
+    kind = Linear4bit if quant == "nf4" else PackedLinear
+    layers = 7 if method == "freeze" else 14
+    assert sum(isinstance(m, kind) for m in model.modules()) == layers
+    before = fused_calls()
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert fused_calls() - before == (2 if method == "dora" else 1) * layers  # with the norms'
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained
+    assert all(p.grad is not None for p in trained)
+    with torch.no_grad():
+        for p in trained:
+            p += 0.02 * torch.randn_like(p)
+    model.eval().save_pretrained(tmp_path)
+    frozen = EVERY_METHOD[method].get("modules_to_save", ())
+    quantize(base, quant, skip_modules=frozen)
+    cls = next(c for c in (AdapterModel, ReftModel, PeftModel) if isinstance(model, c))
+    loaded = unpacked(cls.from_pretrained(base, tmp_path)).eval()
+    torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_methods_are_named_as_those_of_train():
+    assert sorted(METHODS) == sorted(TRAINING_METHODS)
+
+
 def test_loreft_over_4bit_layers():
     model = convert(llama(), method="loreft", r=4, positions="f1+l1")
     assert isinstance(model, ReftModel)
@@ -150,6 +193,17 @@ def test_a_model_loaded_in_4_bits_keeps_its_weights():
         ({"target_modules": ["q_proj", "input_layernorm"]}, ValueError, "not supported"),
         ({"compute_dtype": torch.int8}, ValueError, "compute_dtype: expected None or one of"),
         ({"skip_modules": "q_proj"}, TypeError, "skip_modules: expected a collection of names"),
+        ({"method": "ia3", "r": 4}, TypeError, "options: expected those of IA3Config, got .*'r'"),
+        ({"method": "ssf", "r": 4}, TypeError, "r: expected an option of 'ssf'"),
+        (
+            {"method": "prompt"},
+            ValueError,
+            "task_type: expected one of PEFT's task types for 'prompt', got N",
+        ),
+        ({"method": "prefix", "target_modules": ["q"]}, ValueError, "target_modules: expected none for 'pre"),
+        ({"method": "freeze", "modules_to_save": ["nowhere"]}, ValueError, "modules_to_save: expected the"),
+        ({"method": "freeze"}, UnsupportedLayer, "expected something to train"),
+        ({"method": "bitfit", "target_modules": ["nowhere"]}, UnsupportedLayer, "target_modules: expected"),
         ({"r": True}, ValueError, "r: expected a positive integer, got True"),
         ({"backend": "warp"}, ValueError, "backend: expected 'auto' or one of"),
     ],
@@ -202,6 +256,13 @@ def test_what_users_exclude_is_excluded_beside_what_is_read(exclude):
     adapted = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     assert adapted.isdisjoint({"kept", "read", "out_proj"})
     assert "first" in adapted
+
+
+def test_vera_passes_over_what_is_read_without_a_config_that_excludes():
+    model = convert(Odd(), method="vera", quant=None, r=2)
+    adapted = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, VeraLayer)}
+    assert "kept" in adapted
+    assert adapted.isdisjoint({"read", "out_proj"})
 
 
 def test_layers_that_cannot_be_fused_are_told():
