@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 WEIGHTS = "adapter_model.safetensors"
@@ -34,9 +34,11 @@ def _read_tensors(file: Path, what: str) -> tuple[dict[str, Tensor], dict[str, s
     if not file.is_file():
         raise FileNotFoundError(f"{file}: expected {what}, got no such file")
     try:
-        tensors = load_file(file)
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
+        # Not `load_file`, which maps a file that may change, and keeps two objects of Python for each tensor.
+        data = file.read_bytes()
+        tensors = load(data)
+        header = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + header]).get("__metadata__", {})
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise ValueError(f"{file}: expected a safetensors file, got {error}") from None
     written = metadata.get(_DIGEST)

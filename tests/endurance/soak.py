@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from peft import set_peft_model_state_dict
 from peft_models import lora_config
-from safetensors.torch import load_file
 from state_models import MODELS, model_inputs
 from torch import nn
 
 from peft_fast import ReftModel, backends
+from peft_fast.files import read_tensors
 from peft_fast.norm_cache import NormCache
 
 METHODS = {"qlora": "peft-lora", "qdora": "peft-dora", "loreft": "loreft-model"}
@@ -86,7 +86,7 @@ class Job:
         if self.method == "loreft":
             self.owner.load_edits(self.folder)
         else:
-            stored = load_file(self.folder / "adapter_model.safetensors")
+            stored = read_tensors(self.folder / "adapter_model.safetensors")
             set_peft_model_state_dict(self.model, stored)
         self.optimizer.load_state_dict(torch.load(self.folder / "optimizer.pt", weights_only=True))
 
