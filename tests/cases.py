@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from tolerances import assert_as_exact
@@ -287,3 +288,10 @@ def check(case: Case | ReftCase, backend: str) -> None:
     assert got.keys() == truth.keys()
     for name in truth:
         assert_as_exact(name, got[name], plain[name], truth[name])
+
+
+def assert_same_outputs(op: Callable[..., tuple[Tensor, ...]], args: tuple[Any, ...]) -> None:
+    """Of an op of several outputs, with gradients as without."""
+    with torch.no_grad():
+        expected = op(*args)
+    assert all(map(torch.equal, op(*args), expected))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import HALF, ReftCase, backends_of, check
+from cases import HALF, ReftCase, assert_same_outputs, backends_of, check
 from tolerances import assert_as_exact
 from torch.nn import functional as F
 
@@ -165,6 +165,25 @@ def test_backward_leaves_its_inputs_alone_and_repeats(backend, rows):
         assert tensor._version == version
 
 
+class NoGradient(torch.autograd.Function):
+    """Its input, which gets none."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_an_output_without_a_gradient_gives_none(backend):
+    case = ReftCase.make((5,), 24, 3, terms=2).on(backend)
+    leaves = case._leaves()
+    NoGradient.apply(op(*case.args(leaves, backend))[0]).sum().backward()
+    assert all(leaf.grad is None for leaf in leaves.values())
+
+
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize(("terms", "drop_state"), [(0, False), (1, True), (2, False), (2, True)])
 def test_gradcheck_of_the_formula(act, terms, drop_state):
@@ -183,6 +202,7 @@ def test_opcheck(backend, rows, residual):
     case = ReftCase.make((2, 9), 24, 3, terms=2, rows=rows, residual=residual, dropout_p=0.3).on(backend)
     leaves = case._leaves()
     torch.library.opcheck(op.default, case.args(leaves, backend))
+    assert_same_outputs(op, case.args(leaves, backend))
     h, _, rows, *operands, mask, p, drop_state, act, _ = case.args({}, backend)
     _, z, kept = op(*case.args({}, backend))
     args = (case.grad, kept if rows is not None or residual else h, rows, *operands, z, mask, p, drop_state)

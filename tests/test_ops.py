@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import EVERY_FORMAT, FORMATS, HALF, Case, check, make_weight
+from cases import EVERY_FORMAT, FORMATS, HALF, Case, assert_same_outputs, check, make_weight
 from tolerances import assert_as_exact
 
 from peft_fast import BackendUnavailable, backends, formats, reference
@@ -142,10 +142,9 @@ def test_opcheck(backend, format, out_scale):
     case = Case.make(format, (2, 3), 64, 32, 4, dropout_p=0.3, out_scale=out_scale).on(backend)
     leaves = [t.clone().requires_grad_() for t in (case.x, case.bias, case.lora_A, case.lora_B)]
     scale = case.out_scale.clone().requires_grad_() if out_scale else None
-    torch.library.opcheck(
-        torch.ops.peft_fast.lora_linear.default,
-        (leaves[0], *case.weight, *leaves[1:], case.mask, scale, 0.5, 0.3, backend),
-    )
+    args = (leaves[0], *case.weight, *leaves[1:], case.mask, scale, 0.5, 0.3, backend)
+    torch.library.opcheck(torch.ops.peft_fast.lora_linear.default, args)
+    assert_same_outputs(torch.ops.peft_fast.lora_linear, args)
     of_scale = (case.out_scale, case.bias, case.grad) if out_scale else (None, None, None)
     z = torch.randn(6, 4, device=case.x.device)
     torch.library.opcheck(

@@ -76,6 +76,7 @@ def test_times_weight():
     case = Case.make("dense", (3,), 5, 4, 1)
     weight = case.weight._replace(weight=case.weight.weight.double())
     p = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda p: times_weight(p, weight, "reference"), p)
     assert torch.autograd.gradgradcheck(lambda p: times_weight(p, weight, "reference").square(), p)
 
 
