@@ -29,6 +29,7 @@ LAYOUTS = {
     "ones": lambda t: t.new_ones(()).expand_as(t),  # as the gradient of a sum
 }
 """Ways to lie in memory; the last two repeat a value, along the first dimension or everywhere."""
+REPEATING = {"expanded", "ones"}
 
 
 def laid_out(t: Tensor | None, layout: str) -> Tensor | None:
