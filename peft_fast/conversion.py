@@ -36,6 +36,7 @@ from .quantization import (
     replace,
     replace_by_packed,
 )
+from .ranks import check_rank
 from .reft import LoReFTConfig, get_reft_model
 from .swap import accelerate, reader_reason
 
@@ -149,8 +150,8 @@ def _config(
     backend: str,
     options: dict[str, Any],
 ) -> Adapter:
-    if r is not None and (not isinstance(r, int) or isinstance(r, bool) or r < 1):
-        raise ValueError(f"r: expected a positive integer, got {r!r}")
+    if r is not None:
+        check_rank("r", r)
     if target_modules is not None and (method in ("loreft", "freeze") or method in PROMPTS_OF_PEFT):
         raise ValueError(f"target_modules: expected none for {method!r}, got {target_modules!r}")
     targets = target_modules or "all-linear"

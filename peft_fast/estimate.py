@@ -30,6 +30,8 @@ from transformers.utils import logging as transformers_logging
 from . import base_models, fake_models, scratch
 from .config import METHODS, MOST, TrainConfig
 from .errors import BackendUnavailable, UnsupportedLayer
+from .packed_linear import PackedLinear
+from .tuned_model import count_parameters
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,7 +49,7 @@ class Estimate:
     """Bytes, and counts of parameters. `peak` is the sum of the fields from `packed` to `temporary`."""
 
     packed: int
-    """4-bit weights."""
+    """Quantized weights."""
     statistics: int
     """Their scales and tables."""
     dense: int
@@ -229,14 +231,14 @@ def _run(
     device: str,
 ) -> Estimate:
     """One step of a built model; `inputs` makes those of its forward pass."""
-    total_parameters = model.get_nb_trainable_parameters()[1]
+    total_parameters = count_parameters(model)[1]
     with FakeTensorMode(), fake_models.Ledger() as ledger:
         fake_models.fill(model)
         if not job.stock:
             _make_fast(model, job)
         trained = [p for p in model.parameters() if p.requires_grad]
-        packed = [p for p in model.parameters() if hasattr(p, "quant_state")]
-        statistics = [t for p in packed for t in fake_models.statistics(p.quant_state)]
+        weights = list(fake_models.packed_weights(model))
+        packed, statistics = [w for w, _ in weights], [t for _, rest in weights for t in rest]
         parts = {"packed": packed, "statistics": statistics, "trained": trained}
         held = {name: ledger.numbers(tensors) for name, tensors in parts.items()}
         held["dense"] = ledger.alive().difference(*held.values())
@@ -305,7 +307,7 @@ def _panels(model: nn.Module, job: TrainConfig) -> Iterator[int]:
     """Bytes of each quantized layer's largest panel, where this library's kernels decode it."""
     size = base_models.DTYPES[job.dtype].itemsize
     for layer in model.modules():
-        if isinstance(layer, Linear4bit) and not job.stock:
+        if isinstance(layer, Linear4bit | PackedLinear) and not job.stock:
             row = layer.in_features * size
             yield scratch.panels(layer.out_features, row)[0][1] * row
 
@@ -318,7 +320,7 @@ def table(found: Estimate, title: str) -> Table:
     from rich.table import Table
 
     rows = {
-        "4-bit weights": found.packed,
+        "quantized weights": found.packed,
         "their scales and tables": found.statistics,
         "other frozen weights": found.dense,
         "trained weights": found.trained,

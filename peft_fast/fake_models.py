@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,9 @@ from transformers import DynamicCache
 
 from . import base_models
 from .norm_cache import COMPARED_BY_CONTENT, NormCache
+from .packed_linear import PackedLinear
+from .packing import PACKINGS
+from .quantization import choose, replace_by_packed
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -49,9 +52,11 @@ def build(job: TrainConfig, model_config: Any, labels: int) -> Any:
         model = auto.from_config(model_config, dtype=base_models.DTYPES[job.dtype])
         model.tie_weights()
     adapter = base_models.adapter_config(job, "CAUSAL_LM" if causal else "SEQ_CLS")
-    if job.quant != "none":
-        dense = base_models.trained_whole(adapter)
+    dense = base_models.trained_whole(adapter)
+    if job.quant in base_models.BITSANDBYTES:
         _quantize(model, job, base_models.quantization(job, head=not causal, dense=dense))
+    elif job.quant in PACKINGS:
+        replace_by_packed(model, choose(model, tuple(dense)), job.quant)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's, of weights without data
         return base_models.add_adapter(adapter, model).train()
@@ -90,8 +95,18 @@ def _quant_state(N: int, K: int, quant: str, dtype: torch.dtype) -> QuantState:
     )  # fmt: skip
 
 
-def statistics(state: QuantState) -> list[Tensor]:
-    """The scales and tables of a quantized weight."""
+def packed_weights(model: nn.Module) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Each quantized weight, with its scales and tables."""
+    for layer in model.modules():
+        if isinstance(layer, PackedLinear):
+            buffers = dict(layer.named_buffers(recurse=False))
+            yield buffers.pop("weight"), list(buffers.values())
+        elif isinstance(layer, Linear4bit):
+            weight: Any = layer.weight
+            yield weight, _statistics(weight.quant_state)
+
+
+def _statistics(state: QuantState) -> list[Tensor]:
     return [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
 
 
@@ -110,7 +125,7 @@ def fill(model: Any) -> None:
             if isinstance(old, Params4bit):
                 state = old.quant_state
                 state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code = map(
-                    filled, statistics(state)
+                    filled, _statistics(state)
                 )
                 vars(new).update(vars(old))
             made[id(old)] = new

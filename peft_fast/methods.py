@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from .functional import check_choice
 from .ops import check_probability
+from .ranks import check_rank
 from .reference import ACTIVATIONS
 
 Options = Mapping[str, Any]
@@ -72,10 +73,9 @@ class Method(NamedTuple):
     """The layer's output from its x and the fused op's y, where the op does not carry all."""
 
 
-def _positive(o: Options, *names: str) -> None:
+def _rank(o: Options, *names: str) -> None:
     for name in names:
-        if type(o[name]) is not int or o[name] < 1:
-            raise ValueError(f"{name}: expected a positive integer, got {o[name]!r}")
+        check_rank(name, o[name])
 
 
 def _number(o: Options, *names: str) -> None:
@@ -99,7 +99,7 @@ def _as_linear(weight: Tensor) -> Tensor:
 
 
 def _check_vera(o: Options, N: int, K: int) -> None:
-    _positive(o, "r")
+    _rank(o, "r")
     _number(o, "d_initial")
     _boolean(o, "save_projection")
     key = o["projection_prng_key"]
@@ -118,11 +118,14 @@ def _share_vera(o: Options, N: int, K: int, empty: Empty) -> dict[str, Tensor]:
     shapes = {"vera_A": (o["r"], K), "vera_B": (N, o["r"])}
     shared = {}
     for name, shape in shapes.items():
+        shared[name] = empty(shape)
+        if shared[name].is_meta:
+            continue
         bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
         drawn = torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(
             -bound, bound, generator=generator
         )
-        shared[name] = empty(shape).copy_(drawn)
+        shared[name].copy_(drawn)
     return shared
 
 
@@ -137,7 +140,7 @@ def _vera(p: Tensors, o: Options, base_bias: Tensor | None) -> Operands:
 
 
 def _check_s2lora(o: Options, N: int, K: int) -> None:
-    _positive(o, "r")
+    _rank(o, "r")
     _number(o, "lora_alpha", "threshold", "coefficient")
     if o["threshold"] < 0:
         raise ValueError(f"threshold: expected a number ≥ 0, got {o['threshold']!r}")
@@ -166,7 +169,7 @@ def _s2lora(p: Tensors, o: Options, base_bias: Tensor | None) -> Operands:
 
 
 def _check_kadaptation(o: Options, N: int, K: int) -> None:
-    _positive(o, "n", "terms")
+    _rank(o, "n", "terms")
     for size, name in ((N, "out_features"), (K, "in_features")):
         if size % o["n"]:
             raise ValueError(f"n: expected a divisor of {name} = {size}, got {o['n']}")
@@ -237,7 +240,7 @@ def _bitfit(p: Tensors, o: Options, base_bias: Tensor | None) -> Operands:
 
 
 def _check_bottleneck(o: Options, N: int, K: int) -> None:
-    _positive(o, "r")
+    _rank(o, "r")
     _number(o, "scaling")
     check_choice("act", o["act"], ADAPTER_ACTIVATIONS)
     check_choice("bias", o["bias"], BOTTLENECK_BIASES)

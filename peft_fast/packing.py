@@ -123,7 +123,7 @@ def pack(weight: Tensor, format: str) -> QuantizedWeight:
     if weight.dim() != 2 or not weight.is_floating_point() or not weight.shape[1]:
         raise UnsupportedWeight(f"weight: expected floating [N, K], got {weight.dtype} {list(weight.shape)}")
     values = weight.detach().float().contiguous()
-    if not values.isfinite().all():
+    if not values.is_meta and not values.isfinite().all():
         raise UnsupportedWeight("weight: expected finite values, got NaN or infinity")
     if format == "mxfp4":
         return _pack_mxfp4(values)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .adapter_linear import AdapterLinear
-from .base_models import HEADS
+from .base_models import BITSANDBYTES, HEADS
 from .errors import UnsupportedLayer, UnsupportedWeight
 from .formats import BLOCK_SIZES, DENSE_DTYPES, from_linear, is_conv1d
 from .functional import check_choice
@@ -26,7 +26,6 @@ from .swap import check_module, reader_reason
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BITSANDBYTES = ("nf4", "fp4")
 OUTPUT_LAYERS = ("lm_head", *HEADS)
 """How the names of output layers, or of the modules that hold them, end in transformers."""
 
@@ -205,6 +204,18 @@ def is_within(name: str, ends: Iterable[str]) -> bool:
 def quantizable(
     model: nn.Module, skip_modules: tuple[str, ...], saved_modules: tuple[str, ...] = ()
 ) -> list[str]:
+    """As `choose`, of layers that have data, which is finite."""
+    chosen = choose(model, skip_modules, saved_modules)
+    for name in chosen:
+        weight: Any = model.get_submodule(name).weight
+        if weight.is_meta:
+            raise UnsupportedLayer(f"model: expected layers with data, got {name!r} on the meta device")
+        if not weight.isfinite().all():  # double quantization would make all of it NaN
+            raise UnsupportedWeight(f"{name}.weight: expected finite values, got NaN or infinity")
+    return chosen
+
+
+def choose(model: nn.Module, skip_modules: tuple[str, ...], saved_modules: tuple[str, ...] = ()) -> list[str]:
     """The names of the layers to replace; changes nothing.
 
     Args:
@@ -229,10 +240,6 @@ def quantizable(
             reason = "skipped, or kept in fp32"
         if reason is not None:
             reasons.append(f"{name}: {reason}")
-        elif layer.weight.is_meta:
-            raise UnsupportedLayer(f"model: expected layers with data, got {name!r} on the meta device")
-        elif not layer.weight.isfinite().all():  # double quantization would make all of it NaN
-            raise UnsupportedWeight(f"{name}.weight: expected finite values, got NaN or infinity")
         else:
             chosen.append(name)
     if not chosen:

@@ -54,20 +54,25 @@ class TunedModel(Swapped, nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters, among these every value of a packed weight."""
-        packed_layers = [module for module in self.modules() if isinstance(module, PackedLinear)]
-        trainable, total = 0, sum(layer.out_features * layer.in_features for layer in packed_layers)
-        for parameter in self.parameters():
-            packed = getattr(parameter, "quant_state", None) is not None
-            count = parameter.numel() * (2 * parameter.element_size() if packed else 1)
-            total += count
-            trainable += count if parameter.requires_grad else 0
-        return trainable, total
+        return count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
         """Prints both counts and their ratio, in PEFT's words."""
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters of any model, among these every value of a packed weight."""
+    packed_layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    trainable, total = 0, sum(layer.out_features * layer.in_features for layer in packed_layers)
+    for parameter in model.parameters():
+        packed = getattr(parameter, "quant_state", None) is not None
+        count = parameter.numel() * (2 * parameter.element_size() if packed else 1)
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
 
 
 Tuned = TypeVar("Tuned", bound=TunedModel)

@@ -117,10 +117,13 @@ def test_every_option_is_a_flag_with_help(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--r", "0"), "peft-fast: r: expected at least 1 and at most 2147483647, got 0\n"),
+        (("--r", "0"), "peft-fast: r: expected at least 1 and at most 65536, got 0\n"),
         (("--method", "galore"), "peft-fast: method: expected one of lora, dora, loreft, adapter-parallel, "),
         (("--positions", "all"), "peft-fast: positions: expected none for method 'lora', got 'all'\n"),
-        (("--quant", "int3"), "peft-fast: quant: expected one of nf4, fp4, none, got 'int3'\n"),
+        (
+            ("--quant", "int3"),
+            "peft-fast: quant: expected one of nf4, fp4, int8, fp8, mxfp4, none, got 'int3'\n",
+        ),
         (
             ("--config", "no-such.yaml"),
             "peft-fast: config: expected a readable YAML file, got 'no-such.yaml' (No such",

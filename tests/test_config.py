@@ -14,14 +14,14 @@ from peft_fast.training_methods import TRAINING_METHODS, default_text
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r": 0}, "r: expected at least 1 and at most 2147483647, got 0"),
+        ({"r": 0}, "r: expected at least 1 and at most 65536, got 0"),
         ({"r": 2.5}, "r: expected int, got 2.5"),
         ({"r": True}, "r: expected int, got True"),
         ({"lr": "fast"}, "lr: expected float, got 'fast'"),
         ({"lr": float("nan")}, "lr: expected more than 0"),
         ({"lr": float("inf")}, "lr: expected more than 0 and a finite number"),
         ({"dropout": 1.5}, "dropout: expected at least 0 and at most 1"),
-        ({"quant": "int3"}, "quant: expected one of nf4, fp4, none, got 'int3'"),
+        ({"quant": "int3"}, "quant: expected one of nf4, fp4, int8, fp8, mxfp4, none, got 'int3'"),
         ({"method": "galore"}, "method: expected one of lora, dora, loreft, adapter-parallel, "),
         ({"init": "zero"}, "init: expected one of default, pissa, olora, pyreft, identity, got 'zero'"),
         ({"method": "loreft", "init": "pissa"}, "init: expected one of pyreft, identity, got 'pissa'"),

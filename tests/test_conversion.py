@@ -204,6 +204,7 @@ def test_a_model_loaded_in_4_bits_keeps_its_weights():
         ({"method": "freeze", "modules_to_save": ["nowhere"]}, ValueError, "modules_to_save: expected the"),
         ({"method": "freeze"}, UnsupportedLayer, "expected something to train"),
         ({"method": "bitfit", "target_modules": ["nowhere"]}, UnsupportedLayer, "target_modules: expected"),
+        ({"r": 10**12}, ValueError, "r: expected at most 65536, got 1000000000000"),
         ({"r": True}, ValueError, "r: expected a positive integer, got True"),
         ({"backend": "warp"}, ValueError, "backend: expected 'auto' or one of"),
     ],

@@ -155,6 +155,8 @@ def test_every_other_method_peaks_as_estimated(folders, method):
         {"method": "loreft", "quant": "nf4", "component": "intermediate.dense", "positions": "f3"},
         {"method": "lora", "quant": "fp4", "dropout": 0.1, "stock": True},
         {"method": "prefix", "quant": "nf4", "virtual_tokens": 9},
+        {"method": "dora", "quant": "int8"},
+        {"method": "adapter-parallel", "quant": "fp8", "dtype": "bf16"},
         {"method": "adapter-series", "quant": "nf4", "act": "tanh", "dtype": "bf16"},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
@@ -222,6 +224,14 @@ def test_parts_of_a_quantized_model(folders):
     assert found.peak == sum(getattr(found, p) for p in (*parts, "saved", "gradients", "temporary"))
 
 
+def test_parts_of_packed_layers(folders):
+    rows, weights = 6 * 256 + 512, 4 * 256 * 256 + 2 * 256 * 512 + 256 * 256  # and the pooler's
+    int8, mxfp4 = (estimated(folders / "bert", method="lora", quant=quant) for quant in ("int8", "mxfp4"))
+    assert (int8.packed, int8.statistics) == (weights, 4 * rows)
+    tables = 4 * (16 + 256 + 1 + 1)
+    assert (mxfp4.packed, mxfp4.statistics) == (weights // 2, weights // 32 + 7 * tables)
+
+
 def test_a_gpu_adds_the_scratch_and_needs_no_copies(folders, monkeypatch):
     H, F = SIZES["hidden_size"], SIZES["intermediate_size"]
     cpu, cuda = (
@@ -270,7 +280,8 @@ def test_the_ledger_knows_what_was_there_at_the_peak():
         ({"seq": 10**6, "batch": 10**4}, "seq: expected at most 2147483647 tokens in a step, got 10000 x"),
         ({"seq": 120, "method": "prompt"}, "seq: expected at most 108, the positions in"),
         ({"method": "vora"}, "method: expected one of lora, dora, loreft, adapter-parallel, .*, got 'vora'"),
-        ({"quant": "int8"}, "quant: expected one of nf4, fp4, none, got 'int8'"),
+        ({"quant": "int4"}, "quant: expected one of nf4, fp4, int8, fp8, mxfp4, none, got 'int4'"),
+        ({"quant": "int8", "stock": True}, "stock: expected none with quant 'int8', which is PackedLinear"),
         ({"optimizer": "lion"}, "optimizer: expected one of adamw, sgd, got 'lion'"),
         ({"device": "tpu"}, "device: expected one of cpu, cuda, got 'tpu'"),
         ({"task": "ner"}, "task: expected one of causal-lm, classification, got 'ner'"),

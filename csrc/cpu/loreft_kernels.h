@@ -62,7 +62,7 @@ inline int64_t staged_row(const Edit& e) {
 template <class Copy, class EditRows>
 inline void visit_rows(const Edit& e, uint8_t* selected, Copy copy, EditRows edit) {
   const int64_t copied = e.whole ? 0 : e.M, groups = blocks(e.m, kEdited);
-  std::memset(selected, 0, copied);
+  std::fill_n(selected, copied, uint8_t{0});
   for (int64_t i = 0; i < e.m && !e.whole; ++i)
     if (e.rows[i] >= 0) selected[e.rows[i]] = 1;
   const int64_t work = copied * e.d / 4 + e.m * e.d * (1 + (e.q + e.r) / kLanes);
