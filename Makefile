@@ -76,7 +76,8 @@ asan: install
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255 PYTHONPATH=build/asan \
 		FUZZ_CASES=$(CASES) $(BIN)/pytest tests/test_cpu.py tests/test_cpu_loreft.py tests/test_cpu_invariance.py \
-		tests/test_fuzz.py -k "not triton and not memory" --hypothesis-seed $(SEED) --timeout 0 $(ARGS)
+		tests/test_bad_input.py tests/test_fuzz.py --hypothesis-seed $(SEED) --timeout 0 --capture sys \
+		-k "not triton and not memory and (compiled or not test_bad_input)" $(ARGS)
 
 # On threads of its own, since that sanitizer knows nothing of OpenMP's. It wants addresses without randomness.
 tsan: install
