@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
@@ -45,7 +46,7 @@ def quantize(
     is in a module with a name that ends in one of `OUTPUT_LAYERS`), what transformers keeps in fp32,
     subclasses, layers with hooks, and layers whose weight has another owner too or is read without calling
     the layer. With `Linear4bit`, a transformers model is marked as quantized, so that it saves and loads as
-    one that was loaded in 4 bits. What is in a `PackedLinear` is saved by `state_dict` alone.
+    one that was loaded in 4 bits; with `PackedLinear` its `save_pretrained` raises, and `state_dict` has it.
 
     Args:
         model: on any device but meta, and without adapters.
@@ -82,7 +83,7 @@ def to_packed(model: nn.Module) -> list[str]:
 
     PEFT's tuners then find dense layers: those run, too, that cannot read bitsandbytes' bytes. A layer
     computes in the dtype of its input, whatever `compute_dtype` was. A transformers model is no longer marked
-    as quantized, and is saved by `state_dict` alone; adapters are saved as ever.
+    as quantized, and its `save_pretrained` raises: `state_dict` has its weights; adapters are saved as ever.
 
     Returns:
         The names of the layers that were replaced.
@@ -111,6 +112,7 @@ def to_packed(model: nn.Module) -> list[str]:
     model.is_loaded_in_4bit = model.is_loaded_in_8bit = False  # type: ignore[assignment]
     if _is_transformers(model) and (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(model)
+    _refuse_to_save(model)
     return list(layers)
 
 
@@ -281,6 +283,15 @@ def replace_by_packed(model: nn.Module, names: list[str], format: str) -> None:
     packed = {name: PackedLinear.from_linear(layer, format) for name, layer in layers.items()}
     for name, layer in packed.items():
         model.set_submodule(name, layer)
+    _refuse_to_save(model)
+
+
+def _refuse_to_save(model: nn.Module) -> None:
+    """Lets transformers raise in `save_pretrained`: loading would take the packed bytes for values."""
+    marked: Any = model
+    if _is_transformers(model):
+        method = "PackedLinear, whose weights are kept by state_dict() alone,"
+        marked.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method=method))
 
 
 def _linear4bit(layer: Any, storage: Storage) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from peft_fast.adapter_model import AdapterModel
 from peft_fast.conversion import METHODS, PROMPTS_OF_PEFT
 from peft_fast.formats import from_linear
 from peft_fast.packed_linear import PackedLinear
+from peft_fast.quantization import to_packed
 from peft_fast.training_methods import TRAINING_METHODS
 
 TOKENS = torch.arange(18).view(2, 9)
@@ -343,6 +345,22 @@ def test_a_quantized_transformers_model_saves_and_loads_as_one(dtype, tmp_path):
     assert loaded.is_loaded_in_4bit
     results = [unpacked(m)(TOKENS).logits for m in (model, loaded)]
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("pack", [partial(quantize, quant="int8"), lambda m: (quantize(m), to_packed(m))])
+def test_a_model_that_transformers_would_load_wrong_is_not_saved(pack, tmp_path):
+    """Packed bytes would be taken for values."""
+    model = llama()
+    pack(model)
+    with pytest.raises(ValueError, match="quantized with PackedLinear, whose weights are kept by state_dict"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    other = llama()
+    pack(other)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.absmax.zero_()
+    other.load_state_dict(copy.deepcopy(model).state_dict())
+    assert torch.equal(other(TOKENS).logits, model(TOKENS).logits)
 
 
 def t5():
