@@ -47,7 +47,6 @@ SUITES: dict[str, tuple[str, ...]] = {
 
 TWO = "what comes here has two dimensions"
 HALVES = "of terms that cancel each is about half of the sum: 2 ** -5 of which is no edge"
-SLOWER = "the loop that follows finds nothing wrong"
 SLICES = "how many rows are decoded at a time, and in which of two ways that give the same values"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("reference", "pack_mask", "keep.shape[-1]  →  keep.shape[1]"): TWO,
@@ -58,7 +57,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "F.pad(keep.to(torch.uint8), (0, -keep.shape[-1] % 8)).unflatten(1, (-1, 8))",
     ): TWO,
     ("reference", "_dropped", "x.shape[-1]  →  x.shape[1]"): TWO,
-    ("formats", "QuantizedWeight.check", "-4:  →  4:"): SLOWER,
+    ("formats", "decode_absmax", "w.nested_offset.view(-1)  →  w.nested_offset.view(1)"): "it has one element",
     ("dora", "lora_weight_norm", "norms_squared + update  →  norms_squared"): HALVES,
     ("dora", "lora_weight_norm", "norms_squared + update  →  update"): HALVES,
     ("dora", "_row_norms_squared_op", "CHUNK // K // step * step  →  step"): SLICES,

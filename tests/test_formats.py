@@ -183,6 +183,9 @@ LIES = {
     "nested_offset numel": {"nested_offset": torch.zeros(2)},
     "nested_offset dtype": {"nested_offset": torch.zeros(1, dtype=torch.float64)},
     "nested_blocksize": {"nested_blocksize": 7},
+    "out_features: expected an integer": {"out_features": 32.0},
+    "in_features: expected an integer": {"in_features": "64"},
+    "nested_blocksize: expected an integer": {"nested_blocksize": None},
     "code device": {"code": torch.zeros(16, device="meta")},
 }
 
@@ -192,6 +195,16 @@ def test_a_lying_layout_is_refused_by_name(named):
     weight = make_weight("nf4", 32, 64)
     with pytest.raises(UnsupportedWeight, match=f"^{named.split(': zero')[0]}"):
         weight._replace(**LIES[named]).check()
+
+
+@pytest.mark.parametrize(
+    ("named", "absmax"),
+    [("absmax numel", torch.zeros(31)), ("absmax dtype", torch.zeros(32, dtype=torch.uint8)), ("absmax", None)],
+)
+def test_scales_that_are_not_nested_are_checked(named, absmax):
+    weight = make_weight("nf4", 32, 64, nested=False)
+    with pytest.raises(UnsupportedWeight, match=f"^{named}"):
+        weight._replace(absmax=absmax).check()
 
 
 def test_dense_weights_are_checked():
