@@ -57,7 +57,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "F.pad(keep.to(torch.uint8), (0, -keep.shape[-1] % 8)).unflatten(1, (-1, 8))",
     ): TWO,
     ("reference", "_dropped", "x.shape[-1]  →  x.shape[1]"): TWO,
-    ("formats", "decode_absmax", "w.nested_offset.view(-1)  →  w.nested_offset.view(1)"): "it has one element",
+    ("formats", "decode_absmax", "w.nested_offset.view(-1)  →  w.nested_offset.view(1)"): "it is one number",
     ("dora", "lora_weight_norm", "norms_squared + update  →  norms_squared"): HALVES,
     ("dora", "lora_weight_norm", "norms_squared + update  →  update"): HALVES,
     ("dora", "_row_norms_squared_op", "CHUNK // K // step * step  →  step"): SLICES,

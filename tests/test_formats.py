@@ -199,7 +199,7 @@ def test_a_lying_layout_is_refused_by_name(named):
 
 @pytest.mark.parametrize(
     ("named", "absmax"),
-    [("absmax numel", torch.zeros(31)), ("absmax dtype", torch.zeros(32, dtype=torch.uint8)), ("absmax", None)],
+    [("absmax numel", torch.zeros(31)), ("absmax dtype", torch.zeros(32).byte()), ("absmax", None)],
 )
 def test_scales_that_are_not_nested_are_checked(named, absmax):
     weight = make_weight("nf4", 32, 64, nested=False)
