@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -15,6 +14,19 @@ from .methods import resolve_options
 
 ALL_LINEAR = "all-linear"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Options(dict[str, Any]):
+    """Options that cannot be changed; their copies are plain, and can."""
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("options: expected none to be changed, got a write; see dataclasses.replace")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -79,7 +91,7 @@ class AdapterConfig:
             "modules_to_save": modules_to_save,
             "adapter_dtype": adapter_dtype,
             "backend": backend,
-            "options": MappingProxyType(options),
+            "options": Options(options),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)

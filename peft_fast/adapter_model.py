@@ -12,10 +12,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .adapter_config import ALL_LINEAR, AdapterConfig
@@ -56,8 +57,16 @@ def get_adapter_model(model: nn.Module, config: AdapterConfig) -> AdapterModel:
     Raises:
         UnsupportedLayer, UnsupportedWeight: the model, or a layer of it, cannot be adapted.
         ValueError: an option of config does not fit the model.
+        MemoryError: what is added does not fit into memory.
         In each case the model is left as it was.
     """
+    return _adapt(model, config, lambda tensors: None)
+
+
+def _adapt(
+    model: nn.Module, config: AdapterConfig, check: Callable[[dict[str, Tensor]], None]
+) -> AdapterModel:
+    """`get_adapter_model`; `check` gets `tensors_of` the result, without values, before any is allocated."""
     if not isinstance(config, AdapterConfig):
         raise TypeError(f"config: expected an AdapterConfig, got {type(config).__name__}")
     check_module(model)
@@ -72,21 +81,25 @@ def get_adapter_model(model: nn.Module, config: AdapterConfig) -> AdapterModel:
     layers: list[Any] = [model.get_submodule(name) for name in targets]
     for name, layer in zip(targets, layers, strict=True):
         _check_layer(name, layer, config)
-    shared = _shared(layers, config)
+    own = {name: _created(layer, config) for name, layer in zip(targets, layers, strict=True)}
+    check(_stored(model, own, _shared(layers, config, "meta"), saved))
 
     whole: list[Any] = [model.get_submodule(name) for name in saved]
-    originals = [{key: tensor.clone() for key, tensor in module.state_dict().items()} for module in whole]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     protected = tuple(name for name, module in model.named_modules() if protect_from_repacking(module))
-    rest = (shared, config.adapter_dtype, config.backend, config.options)
     try:
+        originals = [{key: tensor.clone() for key, tensor in module.state_dict().items()} for module in whole]
+        rest = (_shared(layers, config), config.adapter_dtype, config.backend, config.options)
         adapted = [AdapterLinear(layer, config.method or "", *rest).train(layer.training) for layer in layers]
-    except BaseException:  # such as no memory for it
+    except BaseException as error:
         for parameter in trained:
             parameter.requires_grad_(True)
         for name in protected:
             allow_repacking(model.get_submodule(name))
-        raise
+        if type(error) is not RuntimeError:
+            raise
+        got = f"{config.method!r} with {dict(config.options)}: {error}"
+        raise MemoryError(f"config: expected an adapter that fits into memory, got {got}") from error
     model.requires_grad_(False)
     for name, layer in zip(targets, adapted, strict=True):
         _set(model, name, layer)
@@ -160,13 +173,12 @@ class AdapterModel(TunedModel):
         directory = Path(directory)
         stored, config = read_adapter(directory, CONFIG, AdapterConfig.from_dict)
         config = dataclasses.replace(config, backend=backend)
-
-        def fill(model: AdapterModel) -> None:
-            own = tensors_of(model)
-            check_tensors(directory / WEIGHTS, stored, own)
-            copy_tensors(stored, own)
-
-        return build(base_model, lambda: get_adapter_model(base_model, config), fill)
+        check = functools.partial(check_tensors, directory / WEIGHTS, stored)
+        return build(
+            base_model,
+            lambda: _adapt(base_model, config, check),
+            lambda model: copy_tensors(stored, tensors_of(model)),
+        )
 
     def load_adapter(self, directory: str | Path) -> None:
         """Sets the adapters to those in `directory`, in the parameters that an optimizer may hold already.
@@ -196,16 +208,27 @@ def model_class(stock: Any) -> type:
 
 def tensors_of(model: AdapterModel) -> dict[str, Tensor]:
     """What the files hold, by its state-dict keys; a tensor with several keys is there under the first."""
-    own: dict[str, Tensor] = {}
-    for name, layer in model.adapters.items():
-        own |= {f"{name}.{key}": getattr(layer, key) for key in layer.adapter_names}
-        if layer.shared is not None:
-            own |= {f"{name}.shared.{key}": t for key, t in layer.shared.state_dict(keep_vars=True).items()}
-    for name in model.adapter_targets.saved:
-        module = model.get_submodule(name)
-        own |= {f"{name}.{key}": t for key, t in module.state_dict(keep_vars=True).items()}
+    layers = model.adapters
+    own = {name: {key: getattr(layer, key) for key in layer.adapter_names} for name, layer in layers.items()}
+    shared = next((layer.shared for layer in layers.values()), None)
+    return _stored(model, own, shared, model.adapter_targets.saved)
+
+
+def _stored(
+    model: nn.Module,
+    own: Mapping[str, Mapping[str, Tensor]],
+    shared: SharedFactors | None,
+    saved: Sequence[str],
+) -> dict[str, Tensor]:
+    """As `tensors_of`, of each layer's own tensors, the factors that they share, and modules saved whole."""
+    found = {f"{name}.{key}": tensor for name, tensors in own.items() for key, tensor in tensors.items()}
+    modules = [(name, model.get_submodule(name)) for name in saved]
+    if shared is not None:
+        modules.insert(0, (f"{next(iter(own))}.shared", shared))
+    for name, module in modules:
+        found |= {f"{name}.{key}": tensor for key, tensor in module.state_dict(keep_vars=True).items()}
     first: dict[int, str] = {}
-    return {key: tensor for key, tensor in own.items() if first.setdefault(id(tensor), key) == key}
+    return {key: tensor for key, tensor in found.items() if first.setdefault(id(tensor), key) == key}
 
 
 # ------------------------------------------------------------------------------------------------- choosing
@@ -273,8 +296,8 @@ def _targets(model: nn.Module, config: AdapterConfig, saved: Sequence[str]) -> l
     targets = () if config.target_modules == ALL_LINEAR else config.target_modules
     for argument, ends in (("target_modules", targets), ("exclude_modules", config.exclude_modules)):
         for end in ends:
-            if not any(_ends(name, end) for name in modules):
-                raise ValueError(f"{argument}: expected the end of a module's name, got {end!r}")
+            if not any(_ends(name, end) for name, _ in _linear(modules)):
+                raise ValueError(f"{argument}: expected the end of a linear layer's name, got {end!r}")
     return chosen
 
 
@@ -304,7 +327,16 @@ def _sizes(layer: Any) -> tuple[int, int]:
     return weight.out_features, weight.in_features
 
 
-def _shared(layers: Sequence[Any], config: AdapterConfig) -> SharedFactors | None:
+def _created(layer: Any, config: AdapterConfig) -> dict[str, Tensor]:
+    """A layer's own tensors, without values."""
+    empty = functools.partial(torch.empty, dtype=config.adapter_dtype or torch.float32, device="meta")
+    return METHODS[config.method or ""].create(config.options, *_sizes(layer), empty)
+
+
+def _shared(
+    layers: Sequence[Any], config: AdapterConfig, device: torch.device | str | None = None
+) -> SharedFactors | None:
+    """The factors that the layers share, if any, on their device where none is given."""
     if config.method is None or not METHODS[config.method].shared_options:
         return None
     devices = {layer.weight.device for layer in layers}
@@ -318,7 +350,7 @@ def _shared(layers: Sequence[Any], config: AdapterConfig) -> SharedFactors | Non
         max(K for _, K in sizes),
         max(N for N, _ in sizes),
         adapter_dtype=config.adapter_dtype,
-        device=devices.pop(),
+        device=device or devices.pop(),
         **config.options,
     )
 

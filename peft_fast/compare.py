@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from . import config
+from . import config, tasks
 from .config import TrainConfig
 from .files import replace_file
 from .plots import plot_comparison
@@ -93,19 +93,25 @@ def compare(todo: Sequence[TrainConfig], output: Path, console: Console | None =
     """Runs what is not finished yet, and writes the table and the plot.
 
     Raises:
+        ValueError: a data file is not what it was when a finished run read it, and nothing was run; or it
+            has changed since the first run did.
         ChildProcessError: a run failed; the message has the end of what it said. The finished ones are kept.
     """
     console = console or Console()
     output.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[dict[str, Any]]] = {}
-    for i, job in enumerate(todo, start=1):
-        metrics = finished(job)
+    kept = [finished(job) for job in todo]
+    for i, (job, metrics) in enumerate(zip(todo, kept, strict=True), start=1):
         if metrics is None:
             console.print(f"{i} of {len(todo)}: {job.method}, seed {job.seed}")
             metrics = _run(job)
         else:
             console.print(f"{i} of {len(todo)}: {job.method}, seed {job.seed}: finished before")
         found.setdefault(job.method, []).append(metrics)
+        data = found[todo[0].method][0]["data_sha256"]
+        if metrics["data_sha256"] != data:  # it was written while they ran
+            got = f"{metrics['data_sha256']} in {str(job.folder)!r}"
+            raise ValueError(f"data: expected that of the first run in each, of SHA-256 {data}, got {got}")
     rows = [_row(method, runs) for method, runs in found.items()]
     write(rows, output)
     console.print(_table(rows, title=f"{todo[0].task}, {todo[0].quant}, {rows[0].steps} steps"))
@@ -113,7 +119,11 @@ def compare(todo: Sequence[TrainConfig], output: Path, console: Console | None =
 
 
 def finished(job: TrainConfig) -> dict[str, Any] | None:
-    """The metrics of a finished run of this very job, if there is one."""
+    """The metrics of a finished run of this very job, if there is one.
+
+    Raises:
+        ValueError: it was given other data, under the same names.
+    """
     file = job.folder / "metrics.json"
     if not file.is_file():
         return None
@@ -122,10 +132,12 @@ def finished(job: TrainConfig) -> dict[str, Any] | None:
     except ValueError:  # damaged: to be made anew
         return None
     options = {**job.as_dict(), **dict.fromkeys(config.NOT_OF_THE_RUN)}
-    if not isinstance(metrics, dict) or "config" not in metrics:
+    if not isinstance(metrics, dict) or not {"config", "data_sha256"} <= metrics.keys():
         return None
-    same = {**metrics["config"], **dict.fromkeys(config.NOT_OF_THE_RUN)} == options
-    return metrics if same else None
+    if {**metrics["config"], **dict.fromkeys(config.NOT_OF_THE_RUN)} != options:
+        return None
+    tasks.check_digests(job, metrics["data_sha256"], f"the run in {str(job.folder)!r}")
+    return metrics
 
 
 def _run(job: TrainConfig) -> dict[str, Any]:

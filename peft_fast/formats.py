@@ -19,10 +19,7 @@ flat order. With nested (double) quantization `absmax` is itself uint8 and stand
 add. The 8-bit formats have one block a row (blocksize = K) and no code. The value is rounded once, to nearest
 even, to the dtype it is decoded to.
 
-Constructors from the tensors of a checkpoint are in `packing.py`, from a layer here (`from_linear`).
-
-To add a format: a row in `FORMATS` with its check and decodes, a constructor from its owner's object, and
-the same decode in `kernels/triton_kernels/decode.py` and `csrc`; CONTRIBUTING.md has the steps.
+Sizes are positive. Constructors from a checkpoint's tensors: `packing.py`. How to add a format: CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -87,8 +84,9 @@ class QuantizedWeight(NamedTuple):
             raise UnsupportedWeight(f"weight: expected a tensor, got {type(self.weight).__name__}")
         if not isinstance(self.format, str) or self.format not in FORMATS:
             raise UnsupportedWeight(f"format: expected one of {sorted(FORMATS)}, got {self.format!r}")
-        if not _INT.issuperset(map(type, self[-4:])):
-            for name, size in zip(self._fields[-4:], self[-4:], strict=True):
+        sizes = self[-4:]
+        if not _INT.issuperset(map(type, sizes)):
+            for name, size in zip(self._fields[-4:], sizes, strict=True):
                 if not isinstance(size, int | torch.SymInt):
                     raise UnsupportedWeight(f"{name}: expected an integer, got {size!r}")
         FORMATS[self.format].check(self)
@@ -107,11 +105,13 @@ def _expect(argument: str, expected: object, got: object) -> None:
 
 
 def _check_dense(w: QuantizedWeight) -> None:
-    _check_dense_dtype(w.weight)
+    _check_dense_tensor(w.weight)
     _expect("weight shape", (w.out_features, w.in_features), tuple(w.weight.shape))
 
 
-def _check_dense_dtype(weight: Tensor) -> None:
+def _check_dense_tensor(weight: Tensor) -> None:
+    if not weight.numel():
+        _expect("weight shape", "positive sizes", tuple(weight.shape))
     if weight.dtype not in _STORED_DTYPES:
         raise UnsupportedWeight(f"weight: expected a floating dtype of {_STORED_DTYPES}, got {weight.dtype}")
 
@@ -170,7 +170,7 @@ def _check_parts(w: QuantizedWeight, parts: tuple[Any, ...]) -> None:
     """Each part is (name, tensor, dtype, numel). Runs at every forward: one condition where all is well."""
     N, K, device = w.out_features, w.in_features, w.weight.device
     if N < 1 or K < 1:
-        raise UnsupportedWeight(f"shape: expected positive sizes, got ({N}, {K})")
+        _expect("shape", "positive sizes", (N, K))
     for name, tensor, dtype, numel in parts:
         if tensor is None:
             raise UnsupportedWeight(f"{name}: expected a tensor, got None")
@@ -294,7 +294,7 @@ def from_dense(weight: Tensor) -> QuantizedWeight:
         raise TypeError(f"weight: expected a QuantizedWeight or a tensor [N, K], got {type(weight).__name__}")
     if weight.dim() != 2:
         raise UnsupportedWeight(f"weight: expected [N, K], got shape {tuple(weight.shape)}")
-    _check_dense_dtype(weight)
+    _check_dense_tensor(weight)
     n, k = weight.shape
     return QuantizedWeight(weight.detach(), None, None, None, None, None, "dense", n, k, 0, 0)
 

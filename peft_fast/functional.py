@@ -293,7 +293,7 @@ def fold_edit(
 
     They are float32 (float64 for that dtype), and differentiable as `loreft_linear` is.
     """
-    N, device = weight.out_features, weight.weight.device
+    N, device = weight.check().out_features, weight.weight.device
     ops.check_subspace(basis, source, edit_bias, device, bias_name="edit_bias")
     if basis.shape[1] != N:
         raise ValueError(f"basis: expected [r, N] = [*, {N}], got {list(basis.shape)}")

@@ -22,6 +22,7 @@ from .formats import from_linear, is_conv1d
 from .functional import DROPOUTS, NORM_GRADS, check_choice, dora_linear, lora_linear
 from .norm_cache import NormCache, fold_scaling
 from .ops import check_adapter, check_number, check_probability
+from .ranks import check_rank
 from .reference import accumulation_dtype
 
 Bias = Literal["none", "all", "lora_only"]
@@ -220,8 +221,7 @@ class LowRankLinear(nn.Module):
     ) -> None:
         super().__init__()
         check_base(base_layer)
-        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-            raise ValueError(f"r: expected a positive integer, got {r!r}")
+        check_rank("r", r)
         check_number("lora_alpha", lora_alpha)
         check_adapter(adapter_dtype, backend)
         check_probability("lora_dropout", lora_dropout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -24,24 +25,35 @@ class PackedWeight(Tensor):
     """
 
     packed: QuantizedWeight
-    read: Callable[[], Tensor]
-    """The values, as a new tensor."""
+    decode: Callable[[QuantizedWeight], Tensor]
+    """The values that such a packed weight stands for here."""
 
     # Results are plain tensors.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, packed: QuantizedWeight, like: Tensor, read: Callable[[], Tensor]) -> PackedWeight:
+    def __new__(
+        cls, packed: QuantizedWeight, like: Tensor, decode: Callable[[QuantizedWeight], Tensor]
+    ) -> PackedWeight:
         place: dict[str, Any] = {"dtype": like.dtype, "device": packed.weight.device}
         self = Tensor._make_wrapper_subclass(cls, like.shape, strides=like.stride(), **place)
-        self.packed, self.read = packed, read
+        self.packed, self.decode = packed, decode
         return self
 
     @classmethod
     def of(cls, packed: QuantizedWeight, dtype: torch.dtype) -> PackedWeight:
         """All of `packed` in the floating `dtype`."""
         like = torch.empty(packed.out_features, packed.in_features, dtype=dtype, device="meta")
-        return cls(packed, like, functools.partial(dequantize, packed, dtype))
+        return cls(packed, like, functools.partial(dequantize, dtype=dtype))
+
+    def read(self) -> Tensor:
+        """The values, as a new tensor."""
+        return self.decode(self.packed)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
+        if id(self) not in memo:
+            memo[id(self)] = type(self)(copy.deepcopy(self.packed, memo), self, self.decode)
+        return memo[id(self)]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -60,7 +72,8 @@ class PackedWeight(Tensor):
 
     def _view(self, func: Callable[..., Tensor], args: Any) -> PackedWeight:
         like = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device="meta")
-        return type(self)(self.packed, func(like, *args), lambda: func(self.read(), *args))
+        decode = self.decode
+        return type(self)(self.packed, func(like, *args), lambda packed: func(decode(packed), *args))
 
     @property  # type: ignore[override]
     def data(self) -> PackedWeight:
@@ -82,6 +95,23 @@ class PackedWeight(Tensor):
         if requires_grad:
             self._refuse("requires_grad_()")
         return self
+
+    # PyTorch would take these to the memory behind the tensor, where there is none.
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.read().numpy(force=force)
+
+    def tolist(self) -> list[Any]:
+        return self.read().tolist()
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.read().__dlpack__(**options)
+
+    def apply_(self, function: Any) -> NoReturn:
+        self._refuse("apply_()")
+
+    def share_memory_(self) -> NoReturn:
+        self._refuse("share_memory_(), which its layer has for the packed bytes")
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"PackedWeight({self.packed.format} {list(self.shape)}, {self.dtype}, {self.device})"

@@ -291,7 +291,9 @@ def _refuse_to_save(model: nn.Module) -> None:
     marked: Any = model
     if _is_transformers(model):
         method = "PackedLinear, whose weights are kept by state_dict() alone,"
-        marked.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method=method))
+        marked.hf_quantizer = SimpleNamespace(
+            quantization_config=SimpleNamespace(quant_method=method), is_trainable=True
+        )
 
 
 def _linear4bit(layer: Any, storage: Storage) -> nn.Module:

@@ -19,7 +19,7 @@ import random
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -74,6 +74,27 @@ def build(config: TrainConfig, tokenizer: Any) -> Task:
         _tokenize(held_out, tokenizer, config.max_length),
         names,
     )
+
+
+def digests(config: TrainConfig) -> dict[str, str]:
+    """The SHA-256 of the text of each data file, by the option that names the file.
+
+    Raises:
+        ValueError: a file cannot be read; the message names the option.
+    """
+    given = {name: getattr(config, name) for name in ("data", "eval_data")}
+    texts = {name: _read(name, path) for name, path in given.items() if path is not None}
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+
+
+def check_digests(config: TrainConfig, written: Mapping[str, str], run: str) -> None:
+    """Raises ValueError where a data file is no longer the one of whose text a run wrote down the SHA-256."""
+    for name, digest in digests(config).items():
+        if digest != written.get(name):
+            raise ValueError(
+                f"{name}: expected {getattr(config, name)!r} with the text that {run} was given, of the "
+                f"SHA-256 {written.get(name)}, got {digest}: the file has changed"
+            )
 
 
 def _tokenize(examples: list[Example], tokenizer: Any, max_length: int) -> list[Features]:

@@ -40,7 +40,8 @@ from .formats import from_linear
 from .info import cpu_name, versions
 from .initialization import Factors
 from .reft import LoReFTConfig, ReftModel
-from .trainer import AdapterTrainer, ProgressReport, accuracy, last_checkpoint, length
+from .trainer import AdapterTrainer, ProgressReport, accuracy, last_checkpoint, length, progress_of
+from .tuned_model import count_parameters
 
 
 def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]:
@@ -59,6 +60,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         )
     folder = base_models.model_folder(config)
     tokenizer = base_models.load_tokenizer(config, folder)
+    data = tasks.digests(config)
     task = tasks.build(config, tokenizer)
     adapter = base_models.adapter_config(config, "CAUSAL_LM" if task.label_names is None else "SEQ_CLS")
     arguments = _training_arguments(config, len(task.train), label_names=task.label_names, use_cpu=not cuda)
@@ -83,7 +85,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
             initial = initialization.initialize(model, config.init)
         layers = _make_fast(config, model, console)
 
-    progress = ProgressReport(arguments.max_steps, console, checkpoint)
+    progress = ProgressReport(arguments.max_steps, console, checkpoint, arguments.device, data)
     trainer = AdapterTrainer(
         model=model,
         args=arguments,
@@ -108,6 +110,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         "seconds": seconds,
         "layers": layers,
         "examples": {"train": len(task.train), "eval": len(task.eval)},
+        "data_sha256": data,
     }
     if arguments.should_save:
         metrics["adapter_bytes"] = _save(model, initial, config.folder / "adapter")
@@ -142,7 +145,7 @@ def _find_checkpoint(config: TrainConfig, console: Console) -> Path | None:
 
     Raises:
         ValueError: the folder holds an unfinished run and neither --resume nor --overwrite was given, or a
-            file of the checkpoint is not as it was written.
+            file of the checkpoint is not as it was written, or a data file not as the run read it.
         FileNotFoundError: a file of the checkpoint is missing.
     """
     folder = config.folder
@@ -152,6 +155,7 @@ def _find_checkpoint(config: TrainConfig, console: Console) -> Path | None:
         if last is None:
             console.print(f"No complete checkpoint in {checkpoints}: starting from the beginning.")
         else:
+            tasks.check_digests(config, progress_of(last).get("data_sha256", {}), "the resumed run")
             console.print(f"Resuming from {last}.")
         return last
     if checkpoints.is_dir() and not (folder / "metrics.json").is_file() and not config.overwrite:
@@ -294,7 +298,7 @@ def _metrics(config: TrainConfig, model: Any, trainer: Trainer, progress: Progre
         if "eval_loss" in row
     ]
     last = evaluations[-1]
-    trainable, total = model.get_nb_trainable_parameters()
+    trainable, total = count_parameters(model)
     return {
         "accuracy": last.get("accuracy"),
         "eval_loss": last["loss"],
@@ -302,7 +306,7 @@ def _metrics(config: TrainConfig, model: Any, trainer: Trainer, progress: Progre
         "steps": trainer.state.global_step,
         "ms_per_step": 1000 * statistics.median(progress.step_seconds),
         "step_seconds": progress.step_seconds,
-        "peak_memory": _peak_memory(trainer.args.device),
+        "peak_memory": progress.peak_memory(),
         "trainable_parameters": trainable,
         "total_parameters": total,
         "device": str(trainer.args.device),
@@ -314,15 +318,6 @@ def _metrics(config: TrainConfig, model: Any, trainer: Trainer, progress: Progre
         "loss": [row["loss"] for row in history if "loss" in row],
         "evaluations": evaluations,
     }
-
-
-def _peak_memory(device: torch.device) -> int | None:
-    """The most bytes that this process has held, of a GPU's memory or the CPU's; None where nothing tells."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
 
 
 def _write(folder: Path, metrics: dict[str, Any]) -> None:

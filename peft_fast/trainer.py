@@ -134,20 +134,44 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((logits.argmax(-1) == labels).mean())}
 
 
+def progress_of(checkpoint: Path) -> dict[str, Any]:
+    """What the `ProgressReport` of a run had of it in a checkpoint."""
+    saved = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    attributes: dict[str, Any] = saved["stateful_callbacks"][ProgressReport.__name__]["attributes"]
+    return attributes
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    """Of this process; None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+
+
 class ProgressReport(TrainerCallback, ExportableState):
     """The progress bar, the time of every step, and the mark of a complete checkpoint.
 
-    The times are part of the checkpoints, so those of a resumed run cover all of it.
+    The times and the peak of the memory are part of the checkpoints, so that those of a resumed run cover all
+    of it, and so are the digests of its data (`tasks.digests`), which has to be the same.
     """
 
-    def __init__(self, steps: int, console: Console, checkpoint: Path | None) -> None:
+    def __init__(
+        self,
+        steps: int,
+        console: Console,
+        checkpoint: Path | None,
+        device: torch.device,
+        data: dict[str, str],
+    ) -> None:
         self.step_seconds: list[float] = []
-        self._before, self._began = 0.0, time.perf_counter()
+        self._device, self._data = device, data
+        self._before, self._began, self._peak_before = 0.0, time.perf_counter(), None
         if checkpoint is not None:
-            saved = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-            times = saved["stateful_callbacks"][type(self).__name__]["attributes"]
-            self.step_seconds += times["seconds"]
-            self._before = times["elapsed"]
+            saved = progress_of(checkpoint)
+            self.step_seconds += saved["seconds"]
+            self._before, self._peak_before = saved["elapsed"], saved.get("peak_memory")
         self._bar = Progress(
             TextColumn("[bold]training"),
             BarColumn(),
@@ -160,11 +184,17 @@ class ProgressReport(TrainerCallback, ExportableState):
         self._task = self._bar.add_task("training", total=steps, loss="-", ms="-")
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"seconds": self.step_seconds, "elapsed": self.elapsed()}}
+        reached = {"seconds": self.step_seconds, "elapsed": self.elapsed(), "peak_memory": self.peak_memory()}
+        return {"args": {}, "attributes": {**reached, "data_sha256": self._data}}
 
     def elapsed(self) -> float:
         """Seconds of training, evaluations included, in this process and in those it goes on from."""
         return self._before + time.perf_counter() - self._began
+
+    def peak_memory(self) -> int | None:
+        """The most bytes that one of those processes has held, of a GPU's memory or the CPU's, if known."""
+        known = [size for size in (self._peak_before, _peak_memory(self._device)) if size is not None]
+        return max(known, default=None)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._bar.start()

@@ -80,6 +80,9 @@ def weights() -> list[Bad]:
         ("three dimensions", "weight", dense._replace(weight=dense.weight[None])),
         ("integers", "weight", dense._replace(weight=dense.weight.int())),
         ("a row less than it has", "weight", dense._replace(out_features=N - 1)),
+        ("no rows", "weight", dense._replace(weight=dense.weight[:0], out_features=0)),
+        ("no columns", "weight", dense._replace(weight=dense.weight[:, :0], in_features=0)),
+        ("no elements", "weight", torch.empty(0, 0)),
         ("an array", "weight", dense.weight.numpy()),
         ("nothing", "weight", None),
     ]
@@ -221,6 +224,12 @@ def call_dora(backend: str, given: dict[str, Any]) -> Any:
     return functional.dora_linear(**{**right, **given})
 
 
+def call_loreft_linear(backend: str, given: dict[str, Any]) -> Any:
+    fits = fitting(given.get("weight"))
+    right = {"x": fits["x"], "weight": make_weight("nf4", N, K), "basis": fits["lora_B"].t()}
+    return functional.loreft_linear(**{**right, "bias": fits["bias"], "backend": backend, **given})
+
+
 def call_dequantize(backend: str, given: dict[str, Any]) -> Any:
     right = {"weight": make_weight("nf4", N, K), "dtype": torch.float32, "backend": backend}
     return functional.dequantize(**{**right, **given})
@@ -247,6 +256,7 @@ Call = Callable[[str, dict[str, Any]], Any]
 FUNCTIONS: list[tuple[str, Call, list[Bad]]] = [
     ("lora_linear", call_lora, [*weights(), *operands(), *LORA_ALONE]),
     ("dora_linear", call_dora, [*weights(), *operands(), *DORA_ALONE]),
+    ("loreft_linear", call_loreft_linear, weights()),
     ("dequantize", call_dequantize, [*weights(), *DEQUANTIZE]),
     ("loreft", call_loreft, edits()),
 ]
@@ -301,20 +311,22 @@ def linear4bit_with(state: Any) -> nn.Module:
 
 
 REFT_OPTIONS: list[tuple[str, Any]] = [
-    ("r", 0), ("r", 1.5), ("r", True), ("layers", []), ("layers", [0, 0]), ("layers", [-1]),
+    ("r", 0), ("r", 1.5), ("r", True), ("r", 10**9), ("layers", []), ("layers", [0, 0]), ("layers", [-1]),
     ("layers", "first"), ("positions", "f0"), ("positions", None), ("component", ""),
     ("share_weights", "yes"), ("dropout", NAN), ("dropout", -0.1), ("dropout", "0.1"),
     ("dropout_on", "x"), ("variant", "reft"),
     ("variant", ["loreft"]), ("init", "zero"), ("backend", "gpu"), ("act_fn", "swish"), ("blocks", ""),
 ]  # fmt: skip
 LOW_RANK_OPTIONS: list[tuple[str, Any]] = [
-    ("r", 0), ("r", -1), ("r", 1.5), ("r", True), ("r", "8"), ("lora_alpha", NAN), ("lora_alpha", INF),
-    ("lora_alpha", "16"), ("lora_alpha", None), ("lora_dropout", NAN), ("lora_dropout", -0.5),
+    ("r", 0), ("r", -1), ("r", 1.5), ("r", True), ("r", "8"), ("r", 10**9), ("r", 10**12),
+    ("lora_alpha", NAN), ("lora_alpha", INF), ("lora_alpha", "16"), ("lora_alpha", None),
+    ("lora_dropout", NAN), ("lora_dropout", -0.5),
     ("lora_dropout", 2), ("lora_dropout", "0"), ("bias", "both"), ("bias", None), ("backend", "gpu"),
     ("adapter_dtype", torch.int8), ("adapter_dtype", "fp32"),
 ]  # fmt: skip
 METHOD_OPTIONS: list[tuple[str, str, Any]] = [
-    ("vera", "r", 0), ("vera", "d_initial", NAN), ("vera", "projection_prng_key", 1.0),
+    ("vera", "r", 0), ("vera", "r", 10**9), ("parallel", "r", 10**12), ("kadaptation", "terms", 10**9),
+    ("vera", "d_initial", NAN), ("vera", "projection_prng_key", 1.0),
     ("vera", "dropout", NAN), ("vera", "save_projection", 1), ("s2lora", "threshold", -1.0),
     ("s2lora", "coefficient", 0.05),
     ("s2lora", "lora_alpha", INF), ("kadaptation", "n", 5), ("kadaptation", "terms", 0),

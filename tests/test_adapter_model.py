@@ -19,7 +19,7 @@ from adapter_models import (
     train,
 )
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
@@ -27,6 +27,7 @@ from peft_fast import (
     AdapterConfig,
     AdapterLinear,
     AdapterModel,
+    LoReFTConfig,
     UnsupportedLayer,
     get_adapter_model,
     quantize,
@@ -155,8 +156,34 @@ def test_a_config_goes_through_json():
     again = AdapterConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config
     assert hash(again) == hash(config)
-    assert pickle.loads(pickle.dumps(config)) == config
     assert config.options == {"r": 4, "act": "tanh", "bias": "down", "scaling": 1.0}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AdapterConfig("parallel", r=4, target_modules=["q"], adapter_dtype=torch.bfloat16, act="tanh"),
+        AdapterConfig(None, modules_to_save=["norm"]),
+        LoReFTConfig(r=4, layers=[0, 2]),
+    ],
+)
+def test_a_config_is_copied_and_cannot_be_changed(config):
+    values = dataclasses.asdict(config)
+    json.dumps({**values, "adapter_dtype": None})
+    copies = (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config)))
+    for again in (*copies, type(config)(**values), dataclasses.replace(config)):
+        assert (type(again), again, hash(again)) == (type(config), config, hash(config))
+    if isinstance(config, AdapterConfig):
+        for write in (
+            lambda: config.options.update(r=0),
+            config.options.clear,
+            lambda: config.options.__setitem__("r", 0),
+            lambda: config.options.pop("r", None),
+        ):
+            with pytest.raises(TypeError, match=r"options: expected .*, got a write"):
+                write()
+        copy.deepcopy(config.options)["r"] = 0
+        assert dataclasses.asdict(config) == values
 
 
 @pytest.mark.parametrize(
@@ -249,6 +276,16 @@ class Attention(nn.Module):
         (bert, AdapterConfig("ssf", target_modules=["query", "typo"]), "target_modules: expected the end of"),
         (bert, AdapterConfig("ssf", exclude_modules=["typo"]), "exclude_modules: expected the end of"),
         (
+            bert,
+            AdapterConfig("ssf", target_modules=["query", "encoder.layer"]),
+            "target_modules: expected the end of a linear layer's name, got 'encoder.layer'",
+        ),
+        (
+            bert,
+            AdapterConfig("ssf", exclude_modules=["layer.1"]),
+            "exclude_modules: expected the end of a linear layer's name, got 'layer.1'",
+        ),
+        (
             lambda: get_peft_model(bert(), LoraConfig(target_modules=["query"])),
             AdapterConfig("ssf"),
             "model: expected one without adapters",
@@ -264,12 +301,53 @@ def test_a_refused_call_changes_nothing(make, config, message):
     assert_unchanged(model, before)
 
 
-def test_what_does_not_fit_into_memory_changes_nothing():
+@pytest.mark.parametrize(("method", "part"), [("series", "create"), ("vera", "shared"), ("s2lora", "shared")])
+def test_what_does_not_fit_into_memory_changes_nothing(monkeypatch, method, part):
+    """The second tensor that is made: a layer's own after the first layer's, or one that all share."""
+    made = []
+
+    def create(options, N, K, empty):
+        first = empty(1)
+        made.append(first)
+        there = [tensor for tensor in made if not tensor.is_meta]
+        return {"first": first, "second": empty(2**46 if len(there) == 2 or part == "shared" else 1)}
+
+    monkeypatch.setitem(METHODS, method, METHODS[method]._replace(**{part: create}))
     model = bert("nf4")
     before = state_of(model)
-    with pytest.raises(RuntimeError, match=r"allocate|memory|too large|overflow"):
-        get_adapter_model(model, AdapterConfig("parallel", r=2**50))
+    with pytest.raises(MemoryError, match=r"config: expected .* fits into memory, got '\w+' with .*'r': 7, "):
+        get_adapter_model(model, AdapterConfig(method, r=7))
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("r", [10**9, 10**12, 2**70])
+def test_a_rank_beyond_all_sense_is_named(r):
+    with pytest.raises(ValueError, match=f"^r: expected at most 65536, got {r}$"):
+        LoReFTConfig(r=r)
+    with pytest.raises(ValueError, match=f"^terms: expected at most 65536, got {r}$"):
+        AdapterConfig("kadaptation", terms=r)
+    for method in ("parallel", "series", "vera", "s2lora"):
+        with pytest.raises(ValueError, match=f"^r: expected at most 65536, got {r}$"):
+            AdapterConfig(method, r=r)
+
+
+@pytest.mark.parametrize("method", ["parallel", "series", "vera", "s2lora", "kadaptation"])
+def test_a_file_is_checked_before_what_it_asks_for_is_allocated(tmp_path, monkeypatch, method):
+    """Of a file that any program may have written, so that it has no sums."""
+    adapted(method).save_pretrained(tmp_path)
+    save_file(load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    size = "terms" if method == "kadaptation" else "r"
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, size: 2**16}))
+    base = bert()
+    before = state_of(base)
+    made, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kw: made.append(empty(*args, **kw)) or made[-1])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: .*: expected \[.*65536.*, got \["):
+        AdapterModel.from_pretrained(base, tmp_path)
+    assert_unchanged(base, before)
+    assert all(tensor.is_meta for tensor in made)
+    assert max(tensor.numel() for tensor in made) >= 2**20
 
 
 def test_a_weight_that_is_read_directly_is_passed_over():

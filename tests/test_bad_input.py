@@ -302,7 +302,7 @@ SHARED: list[tuple[str, Any]] = [
     ("in_features", 0), ("in_features", -1), ("in_features", 8.0), ("in_features", "8"),
     ("in_features", None), ("in_features", True), ("out_features", 0), ("out_features", 2.5),
     ("adapter_dtype", torch.int8), ("adapter_dtype", "fp32"), ("method", "ia3"), ("method", None),
-    ("r", 0), ("dropout", NAN),
+    ("r", 0), ("r", 10**12), ("dropout", NAN),
 ]  # fmt: skip
 
 
@@ -313,8 +313,8 @@ def test_shared_factors(option, value):
 
 
 TRAINING: list[tuple[str, dict[str, Any]]] = [
-    ("r", {"r": 2**70}), ("seed", {"seed": 2**40}), ("seed", {"seed": -1}), ("lr", {"lr": NAN}),
-    ("lr", {"lr": 10**400}), ("lr", {"lr": "1e999"}), ("alpha", {"alpha": -(10**400)}),
+    ("r", {"r": 2**70}), ("r", {"r": 10**9}), ("seed", {"seed": 2**40}), ("seed", {"seed": -1}),
+    ("lr", {"lr": NAN}), ("lr", {"lr": 10**400}), ("lr", {"lr": "1e999"}), ("alpha", {"alpha": -(10**400)}),
     ("steps", {"steps": 2**31}), ("batch_size", {"batch_size": 2**70}), ("max_length", {"max_length": 2**63}),
     ("backend", {"backend": "gpu"}), ("backend", {"backend": ""}), ("backend", {"backend": None}),
     ("target_modules", {"target_modules": ""}), ("target_modules", {"target_modules": "q_proj,,v_proj"}),

@@ -1,6 +1,7 @@
 """`peft-fast compare`: one table of several methods, from runs that are each a process of their own."""
 
 import csv
+import json
 import subprocess
 
 import pytest
@@ -8,6 +9,7 @@ from rich.console import Console
 from train_jobs import run, save_bert, save_rows
 
 from peft_fast import compare as comparing
+from peft_fast import tasks
 from peft_fast.compare import compare, finished, jobs
 
 QUIET = Console(quiet=True)
@@ -64,6 +66,37 @@ def test_the_table_has_means_and_spreads_and_goes_on_where_it_stopped(options, t
 
     compare(jobs(["ssf"], [0], tmp_path, {**options, "steps": 1}), tmp_path, QUIET)
     assert in_this_process[-1].steps == 1  # another job is not the one that had finished
+
+
+def test_data_that_changed_is_refused_and_what_is_there_is_kept(options, tmp_path, monkeypatch):
+    files = {name: save_rows(tmp_path / f"{name}.csv") for name in ("data", "eval_data")}
+    text = files["data"].read_text()
+    todo = jobs(["bitfit", "ssf"], [0], tmp_path, {**options, **{k: str(v) for k, v in files.items()}})
+    ran = {"config": todo[1].as_dict(), "data_sha256": tasks.digests(todo[1])}
+    todo[1].folder.mkdir()
+    (todo[1].folder / "metrics.json").write_text(json.dumps(ran))
+    monkeypatch.setattr(comparing, "_run", lambda job: pytest.fail("before all were checked"))
+    for name, file in files.items():
+        file.write_text(text + "w1 w2,yes\n")
+        with pytest.raises(ValueError, match=f"^{name}: expected '{file}' with the text .*ssf-seed0.* chang"):
+            compare(todo, tmp_path, QUIET)
+        file.write_text(text)
+    assert finished(todo[1]) == ran
+
+
+def test_data_that_changes_between_two_runs_makes_no_table(options, tmp_path, monkeypatch):
+    data = save_rows(tmp_path / "rows.csv")
+    todo = jobs(["ssf", "bitfit"], [0], tmp_path, {**options, "data": str(data)})
+
+    def run_and_write(job):
+        read = tasks.digests(job)
+        data.write_text(data.read_text() + "w1 w2,yes\n")
+        return {"data_sha256": read}
+
+    monkeypatch.setattr(comparing, "_run", run_and_write)
+    with pytest.raises(ValueError, match=r"^data: expected that of the first run.* got .* in .*bitfit-seed0"):
+        compare(todo, tmp_path, QUIET)
+    assert not (tmp_path / "compare.csv").exists()
 
 
 @pytest.mark.parametrize("damage", ["", "{}", "[]", '{"config": {"method"'])

@@ -167,7 +167,7 @@ REFT_JSON: dict[str, Spoil] = {
     **JSON_FILE,
     "an unknown option": options(rank=4),
     "a path": options(blocks="../../etc"),
-    **{f"r = {value!r}": options(r=value) for value in (0, -1, 1.5, "4", None, True, 10**30, [4])},
+    **{f"r = {value!r}": options(r=value) for value in (0, -1, 1.5, "4", None, True, 10**9, 10**30, [4])},
     "r = NaN": edited(lambda c: c.__setitem__(slice(0, None), c.replace(b'"r": 4', b'"r": NaN'))),
     "r = 1e999": edited(lambda c: c.__setitem__(slice(0, None), c.replace(b'"r": 4', b'"r": 1e999'))),
     **{
@@ -190,7 +190,7 @@ ADAPTER_JSON: dict[str, Spoil] = {
     "an unknown option": options(rank=4),
     "no method": without("method"),
     **{f"method = {value!r}": options(method=value) for value in ("../../etc", None, [], 4)},
-    **{f"r = {value!r}": options(r=value) for value in (0, -1, 1.5, "4", None, True, 10**30)},
+    **{f"r = {value!r}": options(r=value) for value in (0, -1, 1.5, "4", None, True, 10**9, 10**30)},
     **{f"target_modules = {value!r}": options(target_modules=value) for value in ([], "q", [""], ["x"], 0)},
     **{f"{name} = 7": options(**{name: 7}) for name in ("modules_to_save", "adapter_dtype", "backend")},
     "adapter_dtype = int8": options(adapter_dtype="int8"),

@@ -6,6 +6,7 @@ import copy
 import pickle
 
 import bitsandbytes as bnb
+import numpy as np
 import peft
 import pytest
 import torch
@@ -59,6 +60,30 @@ def test_weight_reads_as_the_decoded_tensor(format, dtype):
         assert type(got.clone()) is torch.Tensor
 
 
+def test_what_looks_at_its_memory_gets_the_values():
+    """There is none behind it: PyTorch's own way to `from_dlpack` ends the process."""
+    weight = packed_linear().weight
+    for view in (weight, weight.t()[1:7]):
+        expected = view.clone()
+        for values in (np.asarray(view), view.numpy(), torch.from_dlpack(view), view.tolist()):
+            assert torch.equal(torch.as_tensor(values), expected)
+
+
+def test_a_copy_is_a_weight_of_its_own():
+    layer = packed_linear()
+    weight, view = layer.weight, layer.weight.t()[1:7]
+    copies = copy.deepcopy({"layer": layer, "weight": weight, "again": weight, "view": view})
+    assert copies["weight"] is copies["again"]
+    assert copies["weight"].packed.weight is copies["layer"].packed.weight
+    assert (copies["view"].shape, copies["view"].stride()) == (view.shape, view.stride())
+    expected = [weight.clone(), view.clone()]
+    layer.packed.weight.zero_()
+    for name, values in zip(("weight", "view"), expected, strict=True):
+        assert type(copies[name]) is PackedWeight
+        assert torch.equal(copies[name].clone(), values)
+    assert not torch.equal(weight.clone(), expected[0])
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_autograd_saves_it_packed(format):
     """PyTorch's own products with it, as tuners make them: the gradients of a dense weight, none kept."""
@@ -95,6 +120,8 @@ WRITES = {
     "row": lambda layer: layer.weight[0].zero_(),
     "item": lambda layer: layer.weight.data.__setitem__(0, 1.0),
     "flat": lambda layer: layer.weight.data.reshape(-1).scatter_add_(0, torch.tensor([1]), torch.ones(1)),
+    "apply_": lambda layer: layer.weight.apply_(abs),
+    "share_memory_": lambda layer: layer.weight.share_memory_(),
     "requires_grad_": lambda layer: layer.weight.requires_grad_(),
     "requires_grad": lambda layer: setattr(layer.weight, "requires_grad", True),
     "parameter": lambda layer: setattr(layer, "weight", nn.Parameter(torch.ones(N, K))),

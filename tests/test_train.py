@@ -12,14 +12,15 @@ import sys
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import load_file
 from train_jobs import WORDS, adapter, labelled_rows, run, save_bert, save_llama, save_rows, tiny
 
 import peft_fast
-from peft_fast import base_models, config, tasks
+from peft_fast import base_models, config, tasks, trainer
 from peft_fast.config import TrainConfig
 from peft_fast.errors import BackendUnavailable
-from peft_fast.trainer import LengthGroupedSampler
+from peft_fast.trainer import LengthGroupedSampler, ProgressReport
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,9 @@ def test_saved_adapter_works_in_stock_peft(bert, csv_file, tmp_path, method):
     torch.testing.assert_close(fused.logits, stock.logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"quant": "fp4"}, {"dtype": "bf16"}, {"target_modules": "query,value"}])
+@pytest.mark.parametrize(
+    "options", [{"quant": "fp4"}, {"quant": "mxfp4"}, {"dtype": "bf16"}, {"target_modules": "query,value"}]
+)
 def test_other_formats_dtypes_and_targets_train(bert, csv_file, tmp_path, options):
     metrics = run(tiny(bert, csv_file, tmp_path, **options))
     assert metrics["layers"]["fused"] == 13  # with an adapter or without
@@ -281,7 +284,9 @@ train.train(config.resolve({}, sys.argv[1]), Console(quiet=True))
 @pytest.mark.parametrize("method", ["lora", "dora", "loreft"])
 def test_killed_job_resumes_to_the_same_result(bert, csv_file, tmp_path, method):
     whole = run(tiny(bert, csv_file, tmp_path / "whole", method=method))
-    options = tiny(bert, csv_file, tmp_path / "killed", method=method)
+    data = tmp_path / "rows.csv"
+    data.write_text(csv_file.read_text())
+    options = tiny(bert, data, tmp_path / "killed", method=method)
     config.save(options, tmp_path / "job.yaml")
     killed = subprocess.run(
         [sys.executable, "-c", KILLED_AT_STEP, tmp_path / "job.yaml", "7"], check=False, capture_output=True
@@ -298,7 +303,12 @@ def test_killed_job_resumes_to_the_same_result(bert, csv_file, tmp_path, method)
 
     with pytest.raises(ValueError, match="output: expected a folder without an unfinished run"):
         run(options)
-    resumed = run(config.resolve({"resume": True, "output": str(tmp_path / "killed")}))
+    again = config.resolve({"resume": True, "output": str(tmp_path / "killed")})
+    data.write_text(csv_file.read_text() + "w1 w2,yes\n")
+    with pytest.raises(ValueError, match=r"^data: expected .*rows\.csv' with the text that the resumed run"):
+        run(again)
+    data.write_text(csv_file.read_text())
+    resumed = run(again)
     assert resumed["loss"] == whole["loss"]
     assert resumed["evaluations"] == whole["evaluations"]
     assert len(resumed["step_seconds"]) == resumed["steps"] == 8
@@ -309,6 +319,19 @@ def test_killed_job_resumes_to_the_same_result(bert, csv_file, tmp_path, method)
         ours, theirs = (load_file(tmp_path / job / "adapter" / name) for job in ("killed", "whole"))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "most"), [(5, 3, 5), (3, 5, 5), (None, 5, 5), (5, None, 5), (None, None, None)]
+)
+def test_the_peak_of_the_memory_is_that_of_every_part(tmp_path, monkeypatch, before, now, most):
+    def report(checkpoint, measured):
+        monkeypatch.setattr(trainer, "_peak_memory", lambda device: measured)
+        return ProgressReport(1, Console(quiet=True), checkpoint, torch.device("cpu"), {})
+
+    saved = {"stateful_callbacks": {"ProgressReport": report(None, before).state()}}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(saved))
+    assert report(tmp_path, now).peak_memory() == most
 
 
 def test_resume_before_the_first_checkpoint_starts_again(bert, csv_file, tmp_path):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ..backends import BACKENDS
 from ..functional import DROPOUT_ON, check_choice
 from ..ops import check_probability
+from ..ranks import check_rank
 from ..reference import ACTIVATIONS
 from .positions import Positions
 
@@ -73,8 +74,7 @@ class LoReFTConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if type(self.r) is not int or self.r < 1:
-            raise ValueError(f"r: expected a positive integer, got {self.r!r}")
+        check_rank("r", self.r)
         object.__setattr__(self, "layers", _checked_layers(self.layers))
         Positions.parse(self.positions)
         for name in ("component", "blocks"):
