@@ -17,9 +17,9 @@ fp8         [N, K] uint8, of e4m3fn  e4m3(byte_i) · absmax[n], in fp32
 flat order. With nested (double) quantization `absmax` is itself uint8 and stands for
 `nested_code[absmax] · nested_absmax[block // nested_blocksize] + nested_offset`, in fp32, multiply then
 add. The 8-bit formats have one block a row (blocksize = K) and no code. The value is rounded once, to nearest
-even, to the dtype it is decoded to.
+even, to the dtype it is decoded to. Sizes are positive.
 
-Sizes are positive. Constructors from a checkpoint's tensors: `packing.py`. How to add a format: CONTRIBUTING.md.
+Constructors from a checkpoint's tensors are in `packing.py`; CONTRIBUTING.md has the steps for a new format.
 """
 
 from __future__ import annotations
