@@ -46,6 +46,7 @@ SUITES: dict[str, tuple[str, ...]] = {
 """Modules of peft_fast, and the arguments of pytest for the tests that hold their formulas."""
 
 TWO = "what comes here has two dimensions"
+ONE = "it is one number"
 HALVES = "of terms that cancel each is about half of the sum: 2 ** -5 of which is no edge"
 SLICES = "how many rows are decoded at a time, and in which of two ways that give the same values"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
@@ -57,7 +58,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "F.pad(keep.to(torch.uint8), (0, -keep.shape[-1] % 8)).unflatten(1, (-1, 8))",
     ): TWO,
     ("reference", "_dropped", "x.shape[-1]  →  x.shape[1]"): TWO,
-    ("formats", "decode_absmax", "w.nested_offset.view(-1)  →  w.nested_offset.view(1)"): "it is one number",
+    ("formats", "decode_absmax", "w.nested_offset.view(-1)  →  w.nested_offset.view(1)"): ONE,
+    ("formats", "_decode_4bit_rows", "w.nested_offset.view(-1)  →  w.nested_offset.view(1)"): ONE,
     ("dora", "lora_weight_norm", "norms_squared + update  →  norms_squared"): HALVES,
     ("dora", "lora_weight_norm", "norms_squared + update  →  update"): HALVES,
     ("dora", "_row_norms_squared_op", "CHUNK // K // step * step  →  step"): SLICES,
