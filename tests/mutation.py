@@ -65,7 +65,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("dora", "_row_norms_squared_op", "CHUNK // K // step * step  →  step"): SLICES,
     ("dora", "_row_norms_squared_op", "rows * K  →  rows"): SLICES,
     ("dora", "_row_norms_squared_op", "rows * K  →  K"): SLICES,
-    ("dora", "_row_norms_squared_op", "4 * CHUNK  →  4"): SLICES,
     ("dora", "_row_norms_squared_op", "4 * CHUNK  →  CHUNK"): SLICES,
 }
 """(module, function, mutation): why it changes nothing that a user could see."""
