@@ -130,7 +130,7 @@ class Fixed(NamedTuple):
         rows = self.checked_rows()
         mask = None if self.mask is None else self.mask[rows]
         rest = (SCALING, self.dropout_p)
-        _, z = reference.lora_linear(x, from_dense(dense[:0]), None, A, B[:0], self.mask, None, *rest)
+        _, z = reference.lora_linear(x, from_dense(dense[:1]), None, A, B[:1], self.mask, None, *rest)
         y, _ = reference.lora_linear(x[rows], weight, None, A, B, mask, scale, *rest)
         thin = reference.lora_linear_backward(
             grad, x, weight, A, B, z, self.mask, scale, None, None, *rest,
